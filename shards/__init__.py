@@ -1,0 +1,1 @@
+"""WebDataset shards of ragged samples, and an ordered, resumable stream of masked batches from them."""

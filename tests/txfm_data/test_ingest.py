@@ -1,0 +1,257 @@
+"""Ingesting h5ad files: every layout, every option, and every bad input with its error and without a trace."""
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from txfm_data import ingest
+from txfm_data.sources.h5ad import H5adSource
+from txfm_data.store.soma import SomaStore
+
+
+def example(n_obs: int = 30) -> ad.AnnData:
+    """Counts that tell their own row and gene: 100 * row + gene + 1, with zeros sprinkled in."""
+    counts = (100 * np.arange(n_obs)[:, None] + np.arange(8)[None] + 1) * (
+        np.arange(n_obs * 8).reshape(n_obs, 8) % 3 > 0
+    )
+    obs = pd.DataFrame(
+        {"plate": pd.Categorical([f"p{i % 2}" for i in range(n_obs)])}, index=[f"s{i}" for i in range(n_obs)]
+    )
+    var = pd.DataFrame({"name": [f"N{i}" for i in range(8)]}, index=[f"ENSG{i:011d}.{i + 1}" for i in range(8)])
+    return ad.AnnData(sp.csr_matrix(counts.astype(np.float32)), obs, var)
+
+
+def stored(path, dataset="d") -> tuple[np.ndarray, tuple[str, ...]]:
+    """Counts of a dataset as the store gives them, dense, and the genes of the vocabulary."""
+    store = SomaStore(path)
+    record = store.dataset(dataset)
+    out = np.zeros((record.n_obs, len(store.vocabulary)))
+    for low, part in store.scan(record.obs_start, record.obs_stop, rows=4):
+        rows = np.repeat(np.arange(len(part)), np.diff(part.indptr)) + low - record.obs_start
+        out[rows, part.gene_ids] = part.counts
+    return out, store.vocabulary.gene_ids
+
+
+def write(tmp_path, adata: ad.AnnData, name: str = "in.h5ad"):
+    adata.write_h5ad(tmp_path / name)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense", "integers"])
+def test_every_matrix_layout_gives_the_same_store(tmp_path, kind):
+    adata = example()
+    expected = adata.X.toarray()
+    convert = {
+        "csr": sp.csr_matrix,
+        "csc": sp.csc_matrix,
+        "dense": lambda x: x.toarray(),
+        "integers": lambda x: x.astype(np.int64),
+    }
+    adata.X = convert[kind](adata.X)
+    result = ingest.h5ad(write(tmp_path, adata), tmp_path / "store", "d", batch="plate", symbols="name")
+    counts, genes = stored(tmp_path / "store")
+    np.testing.assert_array_equal(counts, expected)
+    assert genes == tuple(f"ENSG{i:011d}" for i in range(8))
+    assert SomaStore(tmp_path / "store").vocabulary.symbols == tuple(f"N{i}" for i in range(8))
+    assert (result["n_obs"], result["genes_matched"], result["genes_in_file"], result["total"]) == (
+        30,
+        8,
+        8,
+        expected.sum(),
+    )
+
+
+@pytest.mark.parametrize("where", ["layer", "raw"])
+def test_a_layer_or_raw_is_read_in_place_of_x(tmp_path, where):
+    adata = example()
+    expected = adata.X.toarray()
+    if where == "raw":
+        adata.raw = adata.copy()
+        adata = adata[:, :3].copy()
+    else:
+        adata.layers["counts"] = adata.X.copy()
+    adata.X = np.log1p(adata.X.toarray())
+    options = {"raw": True} if where == "raw" else {"layer": "counts"}
+    ingest.h5ad(write(tmp_path, adata), tmp_path / "store", "d", **options)
+    np.testing.assert_array_equal(stored(tmp_path / "store")[0], expected)
+
+
+def test_chunks_cover_all_rows_within_their_size(tmp_path):
+    adata = example(200)
+    with H5adSource(write(tmp_path, adata)) as source:
+        parts = list(source.chunks(max_bytes=16 * 40))
+        assert [start for start, _ in parts] == np.cumsum([0, *(p.shape[0] for _, p in parts)])[:-1].tolist()
+        assert len(parts) > 20 and max(p.nnz for _, p in parts) <= 40
+        np.testing.assert_array_equal(sp.vstack([p for _, p in parts]).toarray(), adata.X.toarray())
+
+
+def test_genes_without_ensembl_ids_count_towards_the_library_alone(tmp_path):
+    adata = example()
+    ids = list(adata.var_names)
+    ids[2] = "ERCC-00002"
+    adata.var_names = ids
+    result = ingest.h5ad(write(tmp_path, adata), tmp_path / "store", "d")
+    store = SomaStore(tmp_path / "store")
+    assert (result["genes_matched"], result["genes_in_file"], result["n_panel"]) == (7, 8, 7)
+    np.testing.assert_array_equal(store.obs(["raw_sum"])["raw_sum"], adata.X.toarray().sum(axis=1))
+    np.testing.assert_array_equal(stored(tmp_path / "store")[0], np.delete(adata.X.toarray(), 2, axis=1))
+
+
+@pytest.mark.parametrize("rule", ["sum", "first"])
+def test_duplicate_genes_by_a_declared_rule(tmp_path, rule):
+    adata = example()
+    adata.var_names = ["ENSG00000000000.1", "ENSG00000000000.2", *adata.var_names[2:]]
+    ingest.h5ad(write(tmp_path, adata), tmp_path / "store", "d", duplicates=rule)
+    dense = adata.X.toarray()
+    first = dense[:, :2].sum(axis=1) if rule == "sum" else dense[:, 0]
+    np.testing.assert_array_equal(stored(tmp_path / "store")[0], np.column_stack([first, dense[:, 2:]]))
+
+
+def test_a_library_size_column_and_dropped_empty_samples(tmp_path):
+    adata = example()
+    counts = adata.X.toarray()
+    counts[4] = 0
+    adata.X = sp.csr_matrix(counts)
+    adata.obs["full"] = adata.X.toarray().sum(axis=1) + 7.0 * (np.arange(30) != 4)
+    result = ingest.h5ad(write(tmp_path, adata), tmp_path / "store", "d", library_size="full", empty_samples="drop")
+    obs = SomaStore(tmp_path / "store").obs()
+    assert result["n_dropped_empty"] == 1 and obs["observation_joinid"].to_pylist() == [
+        f"s{i}" for i in range(30) if i != 4
+    ]
+    np.testing.assert_array_equal(obs["raw_sum"], np.delete(adata.obs["full"], 4))
+    np.testing.assert_array_equal(stored(tmp_path / "store")[0], np.delete(adata.X.toarray(), 4, axis=0))
+
+
+def test_a_sample_without_counts_in_a_slice_of_the_genes_is_all_zero_not_empty(tmp_path):
+    adata = example()
+    counts = adata.X.toarray()
+    counts[4] = 0
+    adata.X = sp.csr_matrix(counts)
+    adata.obs["full"] = 1e6
+    ingest.h5ad(write(tmp_path, adata), tmp_path / "store", "d", library_size="full")
+    np.testing.assert_array_equal(stored(tmp_path / "store")[0], counts)
+    adata.obs["full"] = np.where(np.arange(30) == 4, 0.0, 1e6)
+    with pytest.raises(ValueError, match="1 of 30 samples have no count"):
+        ingest.h5ad(write(tmp_path, adata, "zero.h5ad"), tmp_path / "other", "d", library_size="full")
+
+
+def spoil(adata: ad.AnnData, how: str) -> ad.AnnData:
+    values = adata.X.toarray()
+    if how == "normalised":
+        values = np.log1p(values)
+    elif how == "empty":
+        values[3] = 0
+    elif how == "huge":
+        values = values.astype(np.float64)
+        values[3, 4] = 2.0**32
+    elif how in ("negative", "nan", "inf"):
+        values[3, 4] = {"negative": -2, "nan": np.nan, "inf": np.inf}[how]
+    elif how == "symbols":
+        adata.var["ensembl"] = adata.var_names
+        adata.var_names = adata.var["name"].to_numpy()
+    elif how == "no ids":
+        adata.var_names = adata.var["name"].to_numpy()
+    elif how == "duplicates":
+        adata.var_names = ["ENSG00000000000.1", "ENSG00000000000.2", *adata.var_names[2:]]
+    adata.X = sp.csr_matrix(values)
+    return adata
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("normalised", r"holds 1\.0986\d+ for sample 's0' \(row 0\), gene .* not a whole number.*--layer or --raw"),
+        ("negative", r"holds -2\.0 for sample 's3' \(row 3\), gene 'ENSG00000000004\.5', which is negative"),
+        ("nan", "is not a finite number"), ("inf", "is not a finite number"),
+        ("huge", "above the largest count"),
+        ("empty", r"1 of 30 samples have no count at all \(first: 's3'\).*--empty-samples drop"),
+        ("symbols", r"0 of 8 gene ids are Ensembl.*\{'ensembl': 8\}; pass one as --gene-ids"),
+        ("no ids", "no column of var holds any"),
+        ("duplicates", r"1 gene ids stand on more than one column.*ENSG00000000000.*--duplicates sum"),
+    ],
+)  # fmt: skip
+def test_bad_values_and_genes_are_named_and_leave_nothing(tmp_path, how, message):
+    path = write(tmp_path, spoil(example(), how))
+    with pytest.raises(ValueError, match=message):
+        ingest.h5ad(path, tmp_path / "store", "d")
+    assert [p.name for p in tmp_path.iterdir()] == ["in.h5ad"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": "x"}, r"--batch names 'x', but obs has columns \['plate'\]"), ({"gene_ids": "x"}, "var has no column 'x'"),
+        ({"layer": "x"}, r"has no layers/x; it holds X: True, layers: \[\], raw: False"), ({"raw": True}, "has no raw/X"),
+        ({"layer": "x", "raw": True}, "choose one"), ({"perturbation": "plate"}, "go together"),
+        ({"perturbation": "plate", "control": "zzz"}, r"no sample has plate == 'zzz'; values are \['p0', 'p1'\]"),
+        ({"library_size": "plate"}, "is not a number of at least"), ({"dataset": "a b"}, "use letters, digits"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_named_and_leave_nothing(tmp_path, options, message):
+    path = write(tmp_path, example())
+    with pytest.raises(ValueError, match=message):
+        ingest.h5ad(path, tmp_path / "store", **({"dataset": "d"} | options))
+    assert [p.name for p in tmp_path.iterdir()] == ["in.h5ad"]
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.h5ad: no such file"):
+        ingest.h5ad(tmp_path / "none.h5ad", tmp_path / "store", "d")
+    (tmp_path / "text.h5ad").write_text("hello")
+    with pytest.raises(ValueError, match="not an HDF5 file"):
+        ingest.h5ad(tmp_path / "text.h5ad", tmp_path / "store", "d")
+    with h5py.File(tmp_path / "other.h5ad", "w") as file:
+        file["x"] = [1]
+    with pytest.raises(ValueError, match="has no obs"):
+        ingest.h5ad(tmp_path / "other.h5ad", tmp_path / "store", "d")
+    path = write(tmp_path, example(), "cut.h5ad")
+    with h5py.File(path, "r+") as file:
+        file["X"].attrs["shape"] = [29, 8]
+    with pytest.raises(ValueError, match="inconsistent|shape|indptr"):
+        ingest.h5ad(path, tmp_path / "store", "d")
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_same_dataset_twice_is_refused_by_name_and_by_content(tmp_path):
+    path = write(tmp_path, example())
+    ingest.h5ad(path, tmp_path / "store", "d")
+    for name, message in (
+        ("d", "dataset 'd' is there already"),
+        ("e", "same file was ingested as dataset 'd'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ingest.h5ad(path, tmp_path / "store", name)
+    assert SomaStore(tmp_path / "store").n_obs == 30
+
+
+def test_a_store_that_is_not_ours_is_left_alone(tmp_path):
+    path = write(tmp_path, example())
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "mine.txt").write_text("x")
+    with pytest.raises(ValueError, match="not a TxFM store"):
+        ingest.h5ad(path, tmp_path / "store", "d")
+    assert [p.name for p in (tmp_path / "store").iterdir()] == ["mine.txt"]
+
+
+def test_too_many_genes_are_refused(tmp_path):
+    wide = ad.AnnData(
+        sp.csr_matrix(np.ones((2, 65_536), np.float32)),
+        var=pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(65_536)]),
+    )
+    with pytest.raises(ValueError, match="65536 genes"):
+        ingest.h5ad(write(tmp_path, wide), tmp_path / "store", "d")
+    assert not (tmp_path / "store").exists()
+
+
+def test_progress_counts_both_passes(tmp_path):
+    calls = []
+    ingest.h5ad(
+        write(tmp_path, example()),
+        tmp_path / "store",
+        "d",
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert calls == [(30, 60), (60, 60)]

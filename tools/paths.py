@@ -1,0 +1,24 @@
+"""What lies at a path: a store, a shard corpus or a checkpoint."""
+
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["store", "shards", "checkpoint"]
+
+
+def kind_of(path: str | Path) -> Kind:
+    """Tell by the files that each kind always has; what is none of the others is opened as a store.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing at `path`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: nothing there; give the path of a store, a shard folder or a checkpoint")
+    if (path / "manifest.json").is_file():
+        return "shards"
+    if (path / "config.json").is_file() or (path / "model.safetensors").is_file():
+        return "checkpoint"
+    return "store"

@@ -1,0 +1,58 @@
+"""Check every checksum and sum of a store, a shard folder or a checkpoint."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file from a checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tools.paths import kind_of
+from tools.runner import Terminal, run_verb
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Read a store, a shard folder or a checkpoint whole and compare it with what was recorded when it was written."""
+
+    path: str
+    """The folder."""
+
+
+def run(options: Options, terminal: Terminal) -> dict[str, Any]:
+    """Verify the folder; the first thing that is wrong is the error."""
+    kind = kind_of(options.path)
+    progress = terminal.progress(f"verifying {kind}")
+    if kind == "shards":
+        from shards.manifest import Corpus
+        from shards.verify import verify as verify_shards
+
+        return verify_shards(Corpus(options.path), progress=progress)
+    if kind == "checkpoint":
+        from txfm_model.checkpoint import verify_checkpoint
+
+        return {"kind": kind, "path": options.path, **verify_checkpoint(options.path)}
+    from txfm_data.store.soma import SomaStore
+    from txfm_data.store.verify import verify as verify_store
+
+    result = verify_store(SomaStore(options.path), progress=progress)
+    if result["unfinished"] is not None:
+        terminal.say(f"an append of {result['unfinished']!r} never ended; the next ingest removes what it left")
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Say that all is well, and how much was read."""
+    numbers = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in result.items() if isinstance(value, int))
+    return f"sound: {result['kind']} {result['path']}" + (f" ({numbers})" if numbers else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Verify a folder."""
+    return run_verb("verify", Options, run, summary, argv, positionals=("path",))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Sources, store and curation of ragged sparse RNA-seq samples, and the Numba kernels that prepare them. No torch."""

@@ -1,0 +1,1 @@
+"""The corpus you query: a Census-shaped TileDB-SOMA collection of ragged sparse samples (docs/format_store.md)."""

@@ -1,0 +1,1 @@
+"""Metrics and baselines: arrays in, numbers out. No torch, no store."""
