@@ -49,19 +49,21 @@ def draw_unmasked(key, identity, swaps, out):  # type: ignore[no-untyped-def]
     out : (K,) int32, K <= P. The positions drawn.
     """
     key = np.uint64(key)
-    n = identity.shape[0]
+    n = np.uint64(identity.shape[0])
+    # Three loops: the hashes of the first depend on nothing before them, so the compiler makes vectors of them.
+    for i in range(out.shape[0]):
+        k = np.uint64(i)
+        draw = mix(key + (k + np.uint64(1)) * _GOLDEN) >> _S32
+        swaps[i] = np.int32(k + ((draw * (n - k)) >> _S32))
     for k in range(out.shape[0]):
-        draw = mix(key + np.uint64(k + 1) * _GOLDEN) >> _S32
-        other = k + np.int64((draw * np.uint64(n - k)) >> _S32)
-        swaps[k] = other
-        out[k] = identity[other]
-        identity[other] = identity[k]
-        identity[k] = out[k]
-    for k in range(out.shape[0] - 1, -1, -1):
         other = swaps[k]
-        kept = identity[other]
+        drawn = identity[other]
         identity[other] = identity[k]
-        identity[k] = kept
+        identity[k] = drawn
+        out[k] = drawn
+    for k in range(out.shape[0]):
+        identity[k] = k
+        identity[swaps[k]] = swaps[k]
 
 
 @njit(nogil=True, cache=True)
@@ -103,7 +105,9 @@ def mask_batch(  # type: ignore[no-untyped-def]
         for k in range(n):
             gene = panel_genes[first + (drawn[k] if n < size else k)]
             out_gene_ids[b, k] = gene
-            out_values[b, k] = np.float32(np.log1p(np.float64(dense[gene])))
+            value = dense[gene]
+            # Most genes shown are zeros, and a logarithm costs more than drawing the gene.
+            out_values[b, k] = np.float32(np.log1p(np.float64(value))) if value != 0.0 else np.float32(0.0)
         for k in range(n, width):
             out_gene_ids[b, k] = 0
             out_values[b, k] = 0.0
