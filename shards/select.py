@@ -11,7 +11,7 @@ from txfm_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:  # a machine that only trains has no tiledbsoma
     from txfm_data.store.ledger import DatasetRecord
-    from txfm_data.store.soma import SomaStore
+    from txfm_data.store.protocol import Store
 
 _SPLIT_BATCHES, _SPLIT_SAMPLES = 2**60 + 2**40, 2**60 + 2**41
 
@@ -82,7 +82,7 @@ class Selection:
     nnz: int
 
 
-def select(store: "SomaStore", config: ShardConfig) -> Selection:
+def select(store: "Store", config: ShardConfig) -> Selection:
     """Choose datasets and genes.
 
     Raises
@@ -93,6 +93,10 @@ def select(store: "SomaStore", config: ShardConfig) -> Selection:
     records = tuple(store.dataset(name) for name in config.datasets) or store.datasets
     if not records:
         raise ValueError(f"{store.path}: the store holds no dataset; ingest one first")
+    if store.values != "counts":
+        raise ValueError(
+            f"{store.path}: holds {store.values} values, and training needs raw counts; ingest the counts into another store"
+        )
     if len({record.name for record in records}) != len(records):
         raise ValueError(f"datasets are named twice: {[record.name for record in records]}")
     kept, nnz = [], 0

@@ -28,7 +28,7 @@ from txfm_data.ragged import Ragged, concatenate
 from txfm_data.vocabulary import GeneStatistics, write_vocabulary
 
 if TYPE_CHECKING:
-    from txfm_data.store.soma import SomaStore
+    from txfm_data.store.protocol import Store
 
 _BYTES_PER_NNZ = 14  # uint16 + uint32 held twice while parts are joined, and the pieces of one scan
 _BYTES_PER_SAMPLE = 200
@@ -47,7 +47,7 @@ class _Samples:
 
 
 def build_shards(
-    store: "SomaStore", out: str | Path, config: ShardConfig, *, progress: Progress = ignore
+    store: "Store", out: str | Path, config: ShardConfig, *, progress: Progress = ignore
 ) -> dict[str, Any]:
     """Write a shard corpus from a store.
 
@@ -158,7 +158,7 @@ def _fitting_lanes(wanted: int, n_train: int) -> int:
 
 
 def _read(
-    store: "SomaStore", selection: Selection, config: ShardConfig, progress: Progress
+    store: "Store", selection: Selection, config: ShardConfig, progress: Progress
 ) -> tuple[_Samples, list[mf.DatasetEntry]]:
     """Counts of the selected datasets over the new vocabulary, and how each dataset is split."""
     n_samples = sum(record.n_obs for record in selection.records)
@@ -184,19 +184,25 @@ def _read(
         token = np.full(len(store.vocabulary), -1, np.int64)
         token[selection.store_tokens[selection.panels[number]]] = selection.panels[number]
         for _, part in store.scan(record.obs_start, record.obs_stop):
-            parts.append(_restrict(part, token))
+            parts.append(_restrict(part, token, f"{store.path}: dataset {record.name!r}"))
             done += len(part)
             progress(done, n_samples)
     joined = {name: np.concatenate(values) for name, values in columns.items()}
     return _Samples(**joined, ragged=concatenate(parts)), entries
 
 
-def _restrict(part: Ragged, token: np.ndarray) -> Ragged:
+def _restrict(part: Ragged, token: np.ndarray, where: str) -> Ragged:
     """The same samples over the kept genes; `token` is the new id of each old one, -1 where it goes."""
     gene = token[part.gene_ids]
     keep = gene >= 0
     before = np.concatenate([[0], np.cumsum(keep)])
-    return Ragged(before[part.indptr], gene[keep].astype(np.uint16), part.counts[keep])
+    counts = part.counts[keep].astype(np.uint32)
+    if not np.array_equal(counts, part.counts[keep]):
+        raise ValueError(
+            f"{where} holds expected counts that are not whole, which blocks of shards do not hold yet; leave the dataset out "
+            "with --datasets"
+        )
+    return Ragged(before[part.indptr], gene[keep].astype(np.uint16), counts)
 
 
 def _statistics(samples: _Samples, selection: Selection, target_sum: float) -> tuple[GeneStatistics, Panels]:

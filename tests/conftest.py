@@ -65,10 +65,10 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> P
     """A shard corpus of the store: 4 lanes, blocks of at most 8 samples. Read it only."""
     from shards.select import ShardConfig
     from shards.writer import build_shards
-    from txfm_data.store.soma import SomaStore
+    from txfm_data.store.opening import open_store
 
     out = tmp_path_factory.mktemp("shards") / "corpus.shards"
-    build_shards(SomaStore(tiny_store), out, ShardConfig(val_batches=0.25, block_rows=8, lanes=4, seed=5))
+    build_shards(open_store(tiny_store), out, ShardConfig(val_batches=0.25, block_rows=8, lanes=4, seed=5))
     return out
 
 

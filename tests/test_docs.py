@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import doc_files
 from tools import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ FENCE = re.compile(r"^( *)```+(\S*)\s*$")
 RUN_LANGUAGES = ("bash", "python")
 OTHER_LANGUAGES = ("text", "json", "yaml", "toml", "ini")
 
-# What a road finds in its folder at the start, and where it is made shorter than what the page says.
+# What a road finds in its folder at the start (the how-to pages: `doc_files`), and what is made shorter than the page.
 SETUP = {
     "road": """
         txfm simulate sim --cells 400 --bulk-samples 40 --genes 400 --programs 24 --perturbations 6
@@ -94,7 +95,7 @@ def test_a_road_lies_on_one_page() -> None:
     for name in ROADS:
         blocks = [block for block in BLOCKS if block.name == name]
         assert len({(block.page, block.marker) for block in blocks}) == 1, name
-    assert SETUP.keys() | SHORTER.keys() <= ROADS.keys()
+    assert SETUP.keys() | SHORTER.keys() | doc_files.PAGES.keys() <= ROADS.keys()
 
 
 def script_of(name: str) -> str:
@@ -117,6 +118,7 @@ def script_of(name: str) -> str:
     [pytest.param(name, marks=[pytest.mark.slow] if kind == "test-slow" else []) for name, kind in ROADS.items()],
 )
 def test_a_road_runs(name: str, tmp_path: Path) -> None:
+    doc_files.PAGES.get(name, lambda folder: None)(tmp_path)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}  # what is this small loses by a second thread
     done = subprocess.run(

@@ -13,7 +13,7 @@ from shards.select import ShardConfig
 from shards.verify import verify as verify_shards
 from shards.writer import build_shards
 from txfm_data import ingest
-from txfm_data.store.soma import SomaStore
+from txfm_data.store.opening import open_store
 from txfm_data.store.verify import verify as verify_store
 
 COLUMNS = {"gene_ids": "ensembl_id", "symbols": "gene_symbol", "batch": "batch", "duplicates": "sum"}
@@ -39,8 +39,8 @@ def test_single_cells_bulk_and_a_screen_survive_the_road(tmp_path, real_data: Pa
     for name, extra in zip(names, options, strict=True):
         size = {"library_size": "full_n_umi"} if name.startswith("perturb") else {}
         ingest.h5ad(real_data / f"{name}.h5ad", tmp_path / "store", name, **COLUMNS, **extra, **size)
-    store = SomaStore(tmp_path / "store")
-    assert verify_store(store)["n_datasets"] == 3
+    store = open_store(tmp_path / "store")
+    assert verify_store(tmp_path / "store")["n_datasets"] == 3
     build_shards(store, tmp_path / "shards", ShardConfig(min_cell_fraction=0.05, lanes=8))
     corpus = Corpus(tmp_path / "shards")
     assert verify_shards(corpus)["n_train"] + corpus.n_samples("val") == store.n_obs

@@ -10,6 +10,7 @@ if __package__ in (None, ""):  # run as a file from a checkout
 # In the order of the road; each line is the first of the docstring of tools/VERB.py.
 VERBS = {
     "ingest": "Ingest count matrices into a store.",
+    "store": "Convert a store to the other backend, append one to another, or tidy its fragments.",
     "shard": "Build shuffled training shards from a store.",
     "train": "Train TxFM on a shard corpus.",
     "embed": "Embed the samples of an h5ad file with a trained model.",
@@ -57,6 +58,8 @@ def _main_of(verb: str) -> Callable[[Sequence[str] | None], int]:
     match verb:
         case "ingest":
             from tools.ingest import main as verb_main
+        case "store":
+            from tools.store import main as verb_main
         case "shard":
             from tools.shard import main as verb_main
         case "train":

@@ -71,8 +71,9 @@ def run(options: Options, terminal: Terminal) -> dict[str, Any]:
         raise FileExistsError(f"{out}: exists already; name another --out, or remove it first")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = TxFM.from_pretrained(options.model).to(device)
-    columns = {"gene_ids": options.gene_ids, "symbols": options.symbols}
-    with H5adSource(options.file, layer=options.layer, raw=options.raw, **columns) as source:
+    with H5adSource(
+        options.file, layer=options.layer, raw=options.raw, gene_ids=options.gene_ids, symbols=options.symbols
+    ) as source:
         match = match_columns(
             model.vocabulary,
             source.gene_ids,
@@ -112,10 +113,12 @@ def _shown(options: Options, source: Any, match: Any, terminal: Terminal) -> Any
     """Token id of each column that is shown, -1 elsewhere: all matched ones, or those that enough samples express."""
     import numpy as np
 
+    from txfm_data.sources.protocol import chunks
+
     if options.min_cell_fraction == 0:
         return match.token_ids
     expressed, progress = np.zeros(len(match.token_ids), np.int64), terminal.progress("counting")
-    for start, part in source.chunks():
+    for start, part in chunks(source):
         expressed += np.bincount(_by_gene(part, match.column_of).indices, minlength=len(expressed))
         progress(start + part.shape[0], source.n_obs)
     tokens = np.where(expressed >= np.ceil(options.min_cell_fraction * source.n_obs), match.token_ids, -1)
@@ -132,16 +135,18 @@ def _embed(options: Options, source: Any, column_of: Any, tokens: Any, model: An
     import numpy as np
 
     from txfm_data.ingest import check_counts, library_sizes
+    from txfm_data.sources.protocol import chunks
     from txfm_model.embed import embed_samples
 
     out = np.full((source.n_obs, model.config.width), np.nan, np.float32)
     progress = terminal.progress("embedding")
-    for start, part in source.chunks(_CHUNK_BYTES):
+    for start, part in chunks(source, _CHUNK_BYTES):
         check_counts(part, source, start)
         size = library_sizes(source, start, part, options.library_size)
         filled = np.flatnonzero(size > 0)
         if len(filled) < len(size) and options.empty_samples == "error":
-            name = source.obs.index[start + int(np.argmin(size > 0))]
+            empty = start + int(np.argmin(size > 0))
+            name = source.obs(empty, empty + 1).index[0]
             raise ValueError(
                 f"{options.file}: sample {name!r} has no count at all, so no library size; pass --empty-samples nan to give "
                 "such samples an embedding of NaN"

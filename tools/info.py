@@ -34,14 +34,9 @@ def run(options: Options, terminal: Terminal) -> dict[str, Any]:
 
 
 def _store(path: str) -> dict[str, Any]:
-    from txfm_data.store.soma import SomaStore
+    from txfm_data.store.describe import describe
 
-    store = SomaStore(path)
-    size = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
-    return {
-        "kind": "store", "path": path, "n_obs": store.n_obs, "n_vars": len(store.vocabulary), "bytes": size,
-        "unfinished_append": store.ledger.pending, "datasets": [asdict(d) | {"n_obs": d.n_obs} for d in store.datasets],
-    }  # fmt: skip
+    return describe(path)
 
 
 def _shards(path: str) -> dict[str, Any]:
@@ -58,20 +53,35 @@ def _shards(path: str) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Names and values, one a line; datasets as a table."""
+    """Names and values, one a line; datasets and the overlaps of their panels as tables."""
     lines = []
     for key, value in result.items():
-        if key == "datasets":
+        if key in ("datasets", "genes_in_common"):
             continue
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        lines.append(f"{key.replace('_', ' ')}: {shown}")
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {number:,}" for name, number in value.items())
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            value = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+        lines.append(f"{key.replace('_', ' ')}: {value}")
     is_store = result["kind"] == "store"
     for d in result.get("datasets", []):
         samples = f"{d['n_obs']:,}" if is_store else f"{d['n_train']:,} train + {d['n_val']:,} validation"
         genes = d["n_panel"] if is_store else d["n_genes"]
         source = f", {d['values']}, from {d['source']}" if is_store else ""
         lines.append(f"  {d['name']}: {samples} samples x {genes:,} genes, {d['modality']}{source}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_overlaps(result.get("genes_in_common", {}))])
+
+
+def _overlaps(common: dict[str, dict[str, int]]) -> list[str]:
+    """Genes that each pair of datasets measured both, up to ten datasets wide."""
+    if len(common) < 2:
+        return []
+    shown = list(common)[:10]
+    width = max(8, *(len(name) for name in shown))
+    lines = ["genes measured in both:", " ".join([" " * (width + 2), *(f"{name:>{width}}" for name in shown)])]
+    for name in shown:
+        lines.append(" ".join([f"  {name:<{width}}", *(f"{common[name][other]:>{width},}" for other in shown)]))
+    return lines + ([f"  … and {len(common) - 10} datasets more (all with --json)"] if len(common) > 10 else [])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -107,12 +107,12 @@ def _ingest(path: Path, modality: Literal["sc", "bulk"], out: Path, terminal: Te
 
     with H5adSource(path) as source:
         ids = source.columns_with_ensembl_ids()
-        columns = set(source.obs.columns)
-        is_control = (source.obs["perturbation"] == "non-targeting") if "perturbation" in columns else None
+        columns = set(source.obs_columns)
+        obs = source.obs(0, source.n_obs)
     best = max(ids, key=lambda name: ids[name], default="index")
     if best != "index":
         terminal.say(f"{path.name}: Ensembl ids taken from column {best!r} of var")
-    has_control = is_control is not None and bool(is_control.any())
+    has_control = "perturbation" in columns and bool((obs["perturbation"] == "non-targeting").any())
     options = ingest.H5adOptions(
         file=str(path), store=str(out / "store.soma"), dataset=path.name.removesuffix(".h5ad"), values="counts",
         gene_ids=None if best == "index" else best, batch="batch" if "batch" in columns else None,

@@ -19,7 +19,8 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from tools.options import UsageError, parse_options
-from tools.terminal import Terminal, redact
+from tools.terminal import Terminal
+from txfm_data.address import redact
 from txfm_data.config_tree import did_you_mean
 
 __all__ = ["Terminal", "run_kinds", "run_verb", "to_jsonable"]

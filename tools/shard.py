@@ -10,17 +10,7 @@ if __package__ in (None, ""):  # run as a file from a checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools.runner import Terminal, run_verb
-
-_UNITS = {
-    "KiB": 1024,
-    "MiB": 1024**2,
-    "GiB": 1024**3,
-    "TiB": 1024**4,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
+from tools.sizes import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +18,7 @@ class Options:
     """Build a folder of WebDataset shards: all samples shuffled, whole experimental batches held out."""
 
     store: str
-    """Folder of the store."""
+    """Folder or address of the store."""
     out: str
     """Folder of the shards; must not exist yet, or be empty."""
     datasets: tuple[str, ...] = ()
@@ -51,26 +41,11 @@ class Options:
     """Memory for the shuffle, such as 4GiB; a corpus that does not fit is refused before it is read."""
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``256MiB``; a plain number is bytes.
-
-    Raises
-    ------
-    ValueError
-        On anything else.
-    """
-    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
-    try:
-        return int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{text!r} is not a size; write a number and one of {list(_UNITS)}, such as 256MiB") from error
-
-
 def run(options: Options, terminal: Terminal) -> dict[str, Any]:
     """Build the shards."""
     from shards.select import ShardConfig
     from shards.writer import build_shards
-    from txfm_data.store.soma import SomaStore
+    from txfm_data.store.opening import open_store
 
     config = ShardConfig(
         datasets=options.datasets, min_cells=options.min_cells, min_cell_fraction=options.min_cell_fraction,
@@ -78,7 +53,7 @@ def run(options: Options, terminal: Terminal) -> dict[str, Any]:
         shard_bytes=parse_size(options.shard_bytes), memory_budget=parse_size(options.memory_budget),
     )  # fmt: skip
     return build_shards(
-        SomaStore(options.store), options.out, config, progress=terminal.progress("reading, then writing")
+        open_store(options.store), options.out, config, progress=terminal.progress("reading, then writing")
     )
 
 

@@ -1,20 +1,13 @@
 """What a person sees of a running verb, on stderr: progress and short lines. stdout has the result."""
 
-import re
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from txfm_data.address import redact
+
 LINE_INTERVAL_S = 5.0
-
-_USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s?#'\"]*@")
-_QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s?#'\"]*)[?#][^\s'\"]*")
-
-
-def redact(text: str) -> str:
-    """Return `text` without what may be secret in its URLs: user, password, and all from `?` or `#` on."""
-    return _QUERY.sub(r"\1?***", _USERINFO.sub(r"\1***@", text))
 
 
 def duration(seconds: float) -> str:

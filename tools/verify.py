@@ -34,18 +34,17 @@ def run(options: Options, terminal: Terminal) -> dict[str, Any]:
         from txfm_model.checkpoint import verify_checkpoint
 
         return {"kind": kind, "path": options.path, **verify_checkpoint(options.path)}
-    from txfm_data.store.soma import SomaStore
     from txfm_data.store.verify import verify as verify_store
 
-    result = verify_store(SomaStore(options.path), progress=progress)
-    if result["unfinished"] is not None:
-        terminal.say(f"an append of {result['unfinished']!r} never ended; the next ingest removes what it left")
+    result = verify_store(options.path, progress=progress)
+    if result["unfinished"]:
+        terminal.say("an append was killed before its end; the next ingest removes what it left")
     return result
 
 
 def summary(result: dict[str, Any]) -> str:
     """Say that all is well, and how much was read."""
-    numbers = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in result.items() if isinstance(value, int))
+    numbers = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in result.items() if type(value) is int)
     return f"sound: {result['kind']} {result['path']}" + (f" ({numbers})" if numbers else "")
 
 

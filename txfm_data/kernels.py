@@ -55,15 +55,15 @@ def draw_unmasked(key, identity, swaps, out):  # type: ignore[no-untyped-def]
         k = np.uint64(i)
         draw = mix(key + (k + np.uint64(1)) * _GOLDEN) >> _S32
         swaps[i] = np.int32(k + ((draw * (n - k)) >> _S32))
-    for k in range(out.shape[0]):
-        other = swaps[k]
+    for i in range(out.shape[0]):
+        other = swaps[i]
         drawn = identity[other]
-        identity[other] = identity[k]
-        identity[k] = drawn
-        out[k] = drawn
-    for k in range(out.shape[0]):
-        identity[k] = k
-        identity[swaps[k]] = swaps[k]
+        identity[other] = identity[i]
+        identity[i] = drawn
+        out[i] = drawn
+    for i in range(out.shape[0]):
+        identity[i] = i
+        identity[swaps[i]] = swaps[i]
 
 
 @njit(nogil=True, cache=True)
@@ -124,3 +124,67 @@ def draw_rows(seed, epoch, items, identity, swaps, out):  # type: ignore[no-unty
     """
     for b in range(items.shape[0]):
         draw_unmasked(stream_key(seed, epoch, items[b]), identity, swaps, out[b])
+
+
+@njit(nogil=True, cache=True)
+def gather_genes(  # type: ignore[no-untyped-def]
+    indptr, columns, values, token, largest, is_whole, out_indptr, out_genes, out_values, row_sum
+):  # fmt: skip
+    """Rows of a source as samples over the vocabulary: every value checked, sums over all columns, dropped columns gone.
+
+    indptr, columns, values : CSR of the source.  token : (n_vars,) int64. Gene of each column, -1 where it is dropped.
+    largest : values above it are refused.  is_whole : refuse values that are not whole.
+    out_indptr : (n + 1,) int64.  out_genes : (nnz,) uint16.  out_values : (nnz,).  row_sum : (n,) float64.
+
+    Returns
+    -------
+    first_bad : position of the first value that is refused (NaN, infinite, negative too), -1 if there is none.
+    is_sorted : whether genes ascend strictly in every sample; if not, the caller must sort and sum.
+    """
+    k, is_sorted = 0, True
+    out_indptr[0] = 0
+    for b in range(indptr.shape[0] - 1):
+        total, last = 0.0, -1
+        for j in range(indptr[b], indptr[b + 1]):
+            value = values[j]
+            if not (value >= 0 and value <= largest) or (is_whole and np.floor(value) != value):
+                return j, is_sorted
+            total += value
+            gene = token[columns[j]]
+            if gene >= 0:
+                is_sorted &= gene > last
+                last = gene
+                out_genes[k] = gene
+                out_values[k] = value
+                k += 1
+        out_indptr[b + 1] = k
+        row_sum[b] = total
+    return -1, is_sorted
+
+
+@njit(nogil=True, cache=True)
+def split_cells(samples, genes, wanted, out_indptr, out_genes):  # type: ignore[no-untyped-def]
+    """Cells of a sparse matrix as rows of ragged samples, if they come in order.
+
+    samples, genes : (nnz,) int64 coordinates.  wanted : (n,) int64, ascending; holds every one of `samples`.
+    out_indptr : (n + 1,) int64.  out_genes : (nnz,) uint16.
+
+    Returns
+    -------
+    bool
+        Whether cells ascend strictly by sample and gene; if not, the outputs mean nothing.
+    """
+    row, last_sample, last_gene = 0, -1, -1
+    out_indptr[0] = 0
+    for j in range(samples.shape[0]):
+        sample, gene = samples[j], genes[j]
+        if sample < last_sample or (sample == last_sample and gene <= last_gene):
+            return False
+        while wanted[row] < sample:
+            row += 1
+            out_indptr[row] = j
+        out_genes[j] = gene
+        last_sample, last_gene = sample, gene
+    for r in range(row, wanted.shape[0]):
+        out_indptr[r + 1] = samples.shape[0]
+    return True

@@ -11,7 +11,7 @@ class Ragged:
 
     indptr : (n + 1,) int64. Start of each sample in the other two arrays; begins at 0.
     gene_ids : (nnz,) uint16. Token ids, strictly ascending within a sample.
-    counts : (nnz,) uint32. Raw counts, all above zero.
+    counts : (nnz,) uint32, or float64 where values need not be whole. Raw counts, all above zero.
     """
 
     indptr: np.ndarray
@@ -51,8 +51,8 @@ class Ragged:
         rising[starts - 1] = True
         if not rising.all():
             raise ValueError(f"{where}: gene ids of a sample are not strictly ascending; the data is damaged")
-        if int(self.counts.min()) == 0:
-            raise ValueError(f"{where}: an explicit zero is stored as a count; the data is damaged")
+        if not self.counts.min() > 0 or not np.isfinite(self.counts.max()):
+            raise ValueError(f"{where}: a zero, negative or non-finite value is stored as a count; the data is damaged")
 
 
 def concatenate(parts: list[Ragged]) -> Ragged:

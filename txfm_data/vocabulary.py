@@ -36,6 +36,18 @@ def is_ensembl_gene(gene_id: str) -> bool:
     return _ENSEMBL_GENE.fullmatch(strip_version(gene_id)) is not None
 
 
+_ORGANISMS = {
+    "ENSG": "homo_sapiens", "ENSMUSG": "mus_musculus", "ENSMMUG": "macaca_mulatta", "ENSCJAG": "callithrix_jacchus",
+    "ENSPTRG": "pan_troglodytes",
+}  # fmt: skip
+
+
+def organism_of(gene_id: str) -> str:
+    """Organism of an Ensembl gene id by its prefix, in the spelling of the Census; the prefix itself if it is none of them."""
+    prefix = gene_id[: gene_id.index("G") + 1] if "G" in gene_id else gene_id
+    return _ORGANISMS.get(prefix, prefix)
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Ordered gene ids and, beside them, symbols ("" where none is known).

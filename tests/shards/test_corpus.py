@@ -16,7 +16,7 @@ from shards.reader import BlockReader, join
 from shards.select import ShardConfig, hold_out, select
 from shards.writer import build_shards
 from txfm_data.ragged import Ragged
-from txfm_data.store.soma import SomaStore
+from txfm_data.store.opening import open_store
 
 
 def all_blocks(corpus: Corpus, split: str) -> codec.Block:
@@ -81,7 +81,7 @@ def test_panels_stay_apart(tiny_shards, tiny_files):
 
 
 def test_gene_filter_counts_samples_of_each_dataset(tiny_store, tiny_files):
-    store = SomaStore(tiny_store)
+    store = open_store(tiny_store)
     selection = select(store, ShardConfig(min_cells=3, min_cell_fraction=0.5))
     for record, panel, path in zip(selection.records, selection.panels, tiny_files, strict=True):
         adata = ad.read_h5ad(path)
@@ -92,7 +92,7 @@ def test_gene_filter_counts_samples_of_each_dataset(tiny_store, tiny_files):
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path, tiny_store):
-    store, config = SomaStore(tiny_store), {"block_rows": 16, "lanes": 2}
+    store, config = open_store(tiny_store), {"block_rows": 16, "lanes": 2}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         build_shards(store, tmp_path / name, ShardConfig(seed=seed, **config))
     assert Corpus(tmp_path / "a").fingerprint == Corpus(tmp_path / "b").fingerprint
@@ -187,7 +187,7 @@ def test_another_vocabulary_or_panels_are_refused(copy, tmp_path):
 
 
 def test_what_cannot_be_built_is_refused_and_leaves_nothing(tmp_path, tiny_store):
-    store = SomaStore(tiny_store)
+    store = open_store(tiny_store)
     out = tmp_path / "out"
     for config, message in (
         ({"datasets": ("third",)}, "no dataset 'third'"), ({"min_cells": 1_000}, "min-cells"),
@@ -223,7 +223,7 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path, tiny_store):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_shards(SomaStore(tiny_store), tmp_path / "out", ShardConfig(block_rows=8), progress=interrupt)
+        build_shards(open_store(tiny_store), tmp_path / "out", ShardConfig(block_rows=8), progress=interrupt)
     assert not list(tmp_path.iterdir())
 
 

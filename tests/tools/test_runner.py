@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from tools.runner import Terminal, run_kinds, run_verb, to_jsonable
-from tools.terminal import duration, redact
+from tools.terminal import duration
+from txfm_data.address import redact
 
 ROOT = Path(__file__).resolve().parents[2]
 

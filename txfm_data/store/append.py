@@ -1,260 +1,204 @@
-"""Adding a dataset to a SOMA store, all or nothing.
+"""Adding a dataset to a store of either backend, all or nothing.
 
-Rows of X are written first: no reader sees them, since every query goes through obs. Then var, the two matrices
-of datasets x genes, the datasets table and, last of the tables, obs; the ledger's commit ends the append.
+Genes get their tokens and samples their ids before a row is written; rows are written in blocks, by any process; one process
+commits. On a local disk all of it happens in a copy that takes the store's place at the end.
 """
 
-import fcntl
-import logging
-import shutil
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import tiledbsoma as soma
 
-from txfm_data.progress import Progress, ignore
-from txfm_data.ragged import Ragged
-from txfm_data.store import layout, ledger
+from txfm_data import address as addresses
+from txfm_data.store import opening
 from txfm_data.store.ledger import DatasetRecord
-from txfm_data.store.soma import SomaStore
-from txfm_data.vocabulary import MAX_GENES
-
-_log = logging.getLogger(__name__)
+from txfm_data.store.protocol import Backend, Sink, Store, Tables, Values
+from txfm_data.store.transaction import staged
+from txfm_data.vocabulary import MAX_GENES, Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewDataset:
     """What is known of a dataset before its rows are written.
 
-    gene_ids, symbols : of its panel, unique, in the order that the rows' gene columns count.
-    gene_nnz : (P,) int64. Samples in which each is above zero.
-    obs : table with the columns of `layout.OBS_SCHEMA` less soma_joinid and dataset_id, one row a sample.
+    gene_ids, symbols : of its panel, unique.
+    dtype : of its values.  backend : of the store, if this append makes it.
     """
 
     name: str
     gene_ids: tuple[str, ...]
     symbols: tuple[str, ...]
-    gene_nnz: np.ndarray
-    obs: pa.Table
-    values: str
+    values: Values
     modality: str
     source: str
     content_sha256: str
+    dtype: np.dtype[np.generic] = np.dtype(np.uint32)
+    backend: str = "soma"
 
 
-def check_new(store: SomaStore, name: str, content_sha256: str) -> None:
-    """Refuse a name, or a file, that the store holds already."""
-    for record in store.datasets:
-        if record.name == name:
-            raise ValueError(
-                f"{store.path}: dataset {name!r} is there already ({record.n_obs} samples from {record.source}); "
-                "choose another --dataset name, or another store"
+@dataclass
+class Append:
+    """An append in progress.
+
+    sink : where blocks go.  first_row : sample id of the dataset's first sample.
+    tokens : (P,) int64. Token of each gene of the panel, in the panel's order.
+    n_genes : of the vocabulary with those of all datasets that are appended together.
+    dtype : of the store's values.
+    """
+
+    sink: Sink
+    first_row: int
+    tokens: np.ndarray
+    n_genes: int
+    dtype: np.dtype[np.generic]
+    _folder: str
+    _backend: Backend
+    _new: NewDataset
+    _n_obs: int
+    _vocabulary: Vocabulary
+    is_committed: bool = False
+
+    def commit(
+        self, *, gene_nnz: np.ndarray, nnz: int, total: float, obs_schema: pa.Schema, obs: Iterable[pa.Table]
+    ) -> DatasetRecord:
+        """Write the tables.
+
+        gene_nnz : (n_genes,) int64.  nnz, total : of all values written.
+        obs : rows in order, in pieces, with the columns of `obs_schema` but ``soma_joinid``.
+
+        Raises
+        ------
+        ValueError
+            If obs has not as many rows as were allotted, or has a column in another type than the store.
+        """
+        new, store = self._new, self._backend.open(self._folder)
+        if store.n_obs != self.first_row:
+            raise RuntimeError(
+                f"{new.name!r} begins at row {self.first_row}, but {store.n_obs} rows are committed: commit in order"
             )
-        if record.content_sha256 == content_sha256:
+        schema = self._with_all_columns(store, obs_schema)
+        order = np.sort(self.tokens)
+        record = DatasetRecord(
+            dataset_index=len(store.datasets), name=new.name, obs_start=self.first_row,
+            obs_stop=self.first_row + self._n_obs, n_vars=len(self._vocabulary), n_panel=len(order), nnz=nnz, total=total,
+            values=new.values, modality=new.modality, source=new.source, content_sha256=new.content_sha256,
+        )  # fmt: skip
+        tables = Tables(
+            record=record, vocabulary=self._vocabulary, tokens=order, gene_nnz=gene_nnz[order], obs_schema=schema,
+            obs=self._numbered(obs, schema),
+        )  # fmt: skip
+        self._backend.commit(store, self.sink, tables)
+        self.is_committed = True
+        return record
+
+    def _with_all_columns(self, store: Store, schema: pa.Schema) -> pa.Schema:
+        """The new rows' columns and those that only the store has: another append may have added some since they were planned."""
+        fields = list(schema)
+        for field in store.obs_schema():
+            if field.name not in schema.names:
+                fields.append(field)
+            elif schema.field(field.name).type != field.type:
+                raise ValueError(
+                    f"{self._new.source}: label {field.name!r} is {schema.field(field.name).type}, in the store {field.type}; if "
+                    "another append has just ended, run this one again"
+                )
+        return pa.schema(fields)
+
+    def _numbered(self, obs: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+        row, stop = self.first_row, self.first_row + self._n_obs
+        for part in obs:
+            for field in schema:
+                if field.name not in part.column_names and field.name != "soma_joinid":
+                    part = part.append_column(field, pa.nulls(len(part), field.type))
+            yield part.append_column("soma_joinid", pa.array(np.arange(row, row + len(part))))
+            row += len(part)
+        if row != stop:
             raise ValueError(
-                f"{store.path}: the same file was ingested as dataset {record.name!r} (sha256 {content_sha256[:12]}…); "
-                "its samples would be there twice"
+                f"{self._new.source}: {row - self.first_row} samples were read, {self._n_obs} were announced; the source "
+                "changed while it was read"
             )
 
 
-def append(store_path: Path, new: NewDataset, rows: Iterable[Ragged], *, progress: Progress = ignore) -> DatasetRecord:
-    """Append one dataset.
+@contextmanager
+def appending(address: str | Path, new: NewDataset, n_obs: int) -> Iterator[Append]:
+    """Append one dataset of `n_obs` samples; see `appending_all`."""
+    with appending_all(address, [new], [n_obs]) as appends:
+        yield appends[0]
 
-    store_path : a store; made if there is none.
-    rows : the samples in order, gene ids counting the columns of `new.gene_ids`.
 
-    On any exception, an interrupt too, the store is left as it was; one that this call made is removed.
+@contextmanager
+def appending_all(address: str | Path, news: Sequence[NewDataset], n_obs: Sequence[int]) -> Iterator[list[Append]]:
+    """Append datasets to the store at `address`, made if there is none; all of them or none.
+
+    The block writes rows through each append's sink and then calls the `commit` of each, in order. If it ends otherwise, on any
+    exception, the store is as it was, and one that this call would have made is not there. On object storage, where each commit
+    stands for itself, only one dataset can be appended at a time.
+
+    n_obs : samples of each.
 
     Raises
     ------
     ValueError
-        If the store is not ours, holds the dataset already, or would pass 65,535 genes.
+        If the store is damaged or not ours, holds a dataset already or another unit, or would pass 65,535 genes.
     """
-    is_new = not store_path.exists()
-    if is_new:
-        layout.create(store_path)
-    with _lock(store_path):
-        try:
-            return _append_locked(store_path, new, rows, progress)
-        except BaseException:
-            if is_new and not SomaStore(store_path).datasets:
-                shutil.rmtree(store_path)
-            raise
-
-
-def _append_locked(store_path: Path, new: NewDataset, rows: Iterable[Ragged], progress: Progress) -> DatasetRecord:
-    store = SomaStore(store_path)
-    if store.ledger.pending is not None:
-        _log.warning("%s: removing what an unfinished append of %r left", store_path, store.ledger.pending)
-        _roll_back(store)
-        store = SomaStore(store_path)
-    check_new(store, new.name, new.content_sha256)
-    tokens, added = _allot_tokens(store, new)
-    ledger.record(store.uri, "begin", new.name, {"obs_start": store.n_obs, "source": new.source})
-    try:
-        nnz, total = _write_counts(store, new, rows, tokens, progress)
-        record = DatasetRecord(
-            dataset_index=len(store.datasets), name=new.name, obs_start=store.n_obs, obs_stop=store.n_obs + len(new.obs),
-            n_vars=store.ledger.n_vars + len(added), n_panel=len(tokens), nnz=nnz, total=total, values=new.values,
-            modality=new.modality, source=new.source, content_sha256=new.content_sha256,
-        )  # fmt: skip
-        _write_tables(store, new, record, tokens, added)
-        ledger.record(store.uri, "commit", new.name, asdict(record))
-    except BaseException:
-        _roll_back(SomaStore(store_path))
-        raise
-    return record
+    with _changing(address, news) as folder:
+        # Looked at under the lock: before it, another append may have made the store.
+        backend = opening.backend_at(folder)
+        store = backend.open(folder)
+        allotted = [(np.empty(0, np.int64), store.vocabulary)]
+        for new in news:
+            opening.check_new(store, new.name, new.content_sha256, new.values)
+            allotted.append(_allot_tokens(store.path, allotted[-1][1], new))
+        n_genes = len(allotted[-1][1])
+        starts = store.n_obs + np.concatenate([[0], np.cumsum(n_obs)]).astype(np.int64)
+        appends = []
+        for at, (new, (tokens, vocabulary)) in enumerate(zip(news, allotted[1:], strict=True)):
+            start, stop = int(starts[at]), int(starts[at + 1])
+            sink = backend.sink(store, start, stop, n_genes)
+            appends.append(
+                Append(sink, start, tokens, n_genes, store.dtype, folder, backend, new, stop - start, vocabulary)
+            )
+        yield appends
+        if not all(append.is_committed for append in appends):
+            raise RuntimeError("an append ended without its commit")
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One writer at a time; the system frees the lock when a process dies."""
-    with open(path / ".txfm.lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{path}: another process is writing to this store; wait until it has ended") from error
-        yield
+def _changing(address: str | Path, news: Sequence[NewDataset]) -> Iterator[str]:
+    """The folder or address to write to."""
+    new = news[0]
+    if not addresses.is_remote(address):
+
+        def create(folder: str) -> None:
+            opening.backend(new.backend).create(folder, new.dtype)
+
+        with staged(addresses.local_path(address), create) as copy:
+            yield str(copy)
+        return
+    if len(news) > 1:
+        raise ValueError(f"{addresses.redact(str(address))}: datasets go to object storage one at a time")
+    from txfm_data.store.in_place import changing_in_place
+
+    backend = opening.backend_at(address) if opening.exists(address) else opening.backend(new.backend)
+    name = addresses.join(address)
+    with changing_in_place(name, backend, new.name, new.source, new.dtype):
+        yield name
 
 
-def _allot_tokens(store: SomaStore, new: NewDataset) -> tuple[np.ndarray, list[int]]:
-    """Token of each gene of the panel; new genes follow the vocabulary. Also: which of the panel are new."""
-    tokens = store.vocabulary.index_of(new.gene_ids).astype(np.int64)
+def _allot_tokens(where: str, known: Vocabulary, new: NewDataset) -> tuple[np.ndarray, Vocabulary]:
+    """Token of each gene of the panel, new genes following the known ones; and the vocabulary with them."""
+    tokens = known.index_of(new.gene_ids).astype(np.int64)
     added = np.flatnonzero(tokens < 0).tolist()
-    size = len(store.vocabulary) + len(added)
+    size = len(known) + len(added)
     if size > MAX_GENES:
         raise ValueError(
-            f"{store.path}: {new.name!r} would bring the vocabulary to {size} genes, at most {MAX_GENES} are possible"
+            f"{where}: {new.name!r} would bring the vocabulary to {size} genes, at most {MAX_GENES} are possible"
         )
-    tokens[added] = np.arange(len(store.vocabulary), size)
-    return tokens, added
-
-
-def _write_counts(
-    store: SomaStore, new: NewDataset, rows: Iterable[Ragged], tokens: np.ndarray, progress: Progress
-) -> tuple[int, int]:
-    """Write the rows of X; number of non-zeros and their sum."""
-    nnz = total = done = 0
-    uri = f"{store.uri}/{layout.RAW}"
-    _grow(uri, store.n_obs + len(new.obs), max(1, int(tokens.max()) + 1))
-    with layout.open_element(uri, "w") as matrix:
-        for part in rows:
-            samples = np.repeat(np.arange(len(part), dtype=np.int64) + store.n_obs + done, np.diff(part.indptr))
-            columns = {"soma_dim_0": samples, "soma_dim_1": tokens[part.gene_ids], "soma_data": part.counts}
-            if part.nnz:
-                matrix.write(pa.table(columns))
-            nnz, total, done = nnz + part.nnz, total + int(part.counts.sum(dtype=np.uint64)), done + len(part)
-            progress(done, len(new.obs))
-    if done != len(new.obs):
-        raise ValueError(
-            f"{new.source}: {done} samples were read, but obs has {len(new.obs)}; the file changed while it was read"
-        )
-    return nnz, total
-
-
-def _grow(uri: str, rows: int, columns: int) -> None:
-    with layout.open_element(uri) as matrix:
-        shape = matrix.shape
-    wanted = (max(shape[0], rows), max(shape[1], columns))
-    if wanted != shape:
-        with layout.open_element(uri, "w") as matrix:
-            matrix.resize(wanted)
-
-
-def _grow_frame(uri: str, rows: int) -> None:
-    with layout.open_element(uri) as frame:
-        known = int(frame.domain[0][1]) + 1
-    if rows > known:
-        with layout.open_element(uri, "w") as frame:
-            frame.tiledbsoma_resize_soma_joinid_shape(rows)
-
-
-def _write_tables(
-    store: SomaStore, new: NewDataset, record: DatasetRecord, tokens: np.ndarray, added: list[int]
-) -> None:
-    """Everything but X, in the order that leaves a reader with the least to see if it stops midway."""
-    at = record.dataset_index
-    for name, numbers in ((layout.PRESENCE, np.ones(len(tokens), bool)), (layout.GENE_NNZ, new.gene_nnz)):
-        _grow(f"{store.uri}/{name}", at + 1, record.n_vars)
-        with layout.open_element(f"{store.uri}/{name}", "w") as matrix:
-            columns = {
-                "soma_dim_0": np.full(len(tokens), at, np.int64),
-                "soma_dim_1": tokens,
-                "soma_data": numbers,
-            }
-            matrix.write(pa.table(columns))
-    ids = [*store.vocabulary.gene_ids, *(new.gene_ids[i] for i in added)]
-    symbols = [*store.vocabulary.symbols, *(new.symbols[i] for i in added)]
+    tokens[added] = np.arange(len(known), size)
+    symbols = [*known.symbols, *(new.symbols[i] for i in added)]
     for token, symbol in zip(tokens.tolist(), new.symbols, strict=True):
         symbols[token] = symbols[token] or symbol  # a later dataset may know a symbol that an earlier one lacked
-    _write_var(store.uri, ids, symbols, [d.n_obs for d in (*store.datasets, record)])
-    _grow_frame(f"{store.uri}/{layout.DATASETS}", at + 1)
-    row = {
-        "soma_joinid": [at], "dataset_id": [new.name], "dataset_title": [new.name], "dataset_h5ad_path": [new.source],
-        "dataset_total_cell_count": [record.n_obs], "values": [new.values], "modality": [new.modality],
-        "content_sha256": [new.content_sha256],
-    }  # fmt: skip
-    layout.write_rows(f"{store.uri}/{layout.DATASETS}", pa.table(row, schema=layout.DATASETS_SCHEMA))
-    _grow_frame(f"{store.uri}/{layout.OBS}", record.obs_stop)
-    category = layout.OBS_SCHEMA.field("dataset_id").type
-    dataset_id = pa.DictionaryArray.from_arrays(
-        pa.array(np.zeros(len(new.obs), np.int32)), pa.array([new.name], category.value_type)
-    )
-    joinid = pa.array(np.arange(record.obs_start, record.obs_stop))
-    table = new.obs.append_column("soma_joinid", joinid).append_column("dataset_id", dataset_id)
-    layout.write_rows(f"{store.uri}/{layout.OBS}", table.select(layout.OBS_SCHEMA.names).cast(layout.OBS_SCHEMA))
-
-
-def _write_var(uri: str, gene_ids: list[str], symbols: list[str], n_obs: list[int]) -> None:
-    """Write var whole, its sums taken from the matrices over the datasets that `n_obs` counts the samples of."""
-    sums = {}
-    weights = {layout.GENE_NNZ: None, layout.PRESENCE: np.array(n_obs)}
-    for name, weight in weights.items():
-        with layout.open_element(f"{uri}/{name}") as matrix:
-            table = matrix.read((slice(0, len(n_obs) - 1),)).tables().concat()
-        values = (
-            table["soma_data"].cast(pa.int64()).to_numpy() if weight is None else weight[table["soma_dim_0"].to_numpy()]
-        )
-        sums[name] = np.bincount(table["soma_dim_1"].to_numpy(), values, len(gene_ids)).astype(np.int64)
-    columns = {
-        "soma_joinid": np.arange(len(gene_ids)), "feature_id": gene_ids, "feature_name": symbols,
-        "nnz": sums[layout.GENE_NNZ], "n_measured_obs": sums[layout.PRESENCE],
-    }  # fmt: skip
-    _grow_frame(f"{uri}/{layout.VAR}", len(gene_ids))
-    layout.write_rows(f"{uri}/{layout.VAR}", pa.table(columns, schema=layout.VAR_SCHEMA))
-
-
-def _roll_back(store: SomaStore) -> None:
-    """Delete every row beyond the committed ones and close the pending append."""
-    state = store.ledger
-    for name, first in (
-        (layout.OBS, state.n_obs), (layout.DATASETS, len(state.committed)), (layout.VAR, state.n_vars),
-        (layout.PRESENCE, len(state.committed)), (layout.GENE_NNZ, len(state.committed)), (layout.RAW, state.n_obs),
-    ):  # fmt: skip
-        _delete_from(f"{store.uri}/{name}", first)
-    if state.committed:
-        vocabulary = store.vocabulary
-        counts = [d.n_obs for d in state.committed]
-        _write_var(store.uri, list(vocabulary.gene_ids), list(vocabulary.symbols), counts)
-    # Fragments are ordered by the millisecond: what is written next must not share one with the deletion.
-    time.sleep(0.005)
-    ledger.record(store.uri, "abort", state.pending or "", {})
-
-
-def _delete_from(uri: str, first: int) -> None:
-    with layout.open_element(uri) as element:
-        is_frame = isinstance(element, soma.DataFrame)
-        last = int(element.domain[0][1]) if is_frame else element.shape[0] - 1
-        if last < first:
-            return
-        rows = element.read((slice(first, last),), column_names=["soma_joinid"]) if is_frame else None
-        if rows is not None and pc.count(rows.concat()["soma_joinid"]).as_py() == 0:
-            return
-    with layout.open_element(uri, "d") as element:
-        element.delete_cells((slice(first, last),))
+    return tokens, Vocabulary((*known.gene_ids, *(new.gene_ids[i] for i in added)), tuple(symbols))

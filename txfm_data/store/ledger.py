@@ -7,11 +7,14 @@ process killed in between left behind lies beyond the committed ranges and is re
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from txfm_data.store import layout
+
+Values = Literal["counts", "normalized"]
+"""Units that values can have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,7 @@ class DatasetRecord:
     """One committed dataset.
 
     obs_start, obs_stop : its rows of obs.  n_vars : genes of the whole vocabulary after it.
-    total : sum of its counts in X.  values : "counts".  modality : "sc" or "bulk".
+    total : sum of its counts in X.  values : "counts" or "normalized".  modality : "sc" or "bulk".
     source : name of the file it came from.  content_sha256 : of that file.
     """
 
@@ -30,8 +33,8 @@ class DatasetRecord:
     n_vars: int
     n_panel: int
     nnz: int
-    total: int
-    values: str
+    total: float
+    values: Values
     modality: str
     source: str
     content_sha256: str
@@ -74,7 +77,7 @@ def fold(events: list[tuple[str, str, str]]) -> Ledger:
 
 def read(store_uri: str) -> Ledger:
     """Read and fold the ledger of a store."""
-    with layout.open_element(f"{store_uri}/{layout.LEDGER}") as frame:
+    with layout.reading(f"{store_uri}/{layout.LEDGER}") as frame:
         table = frame.read().concat().sort_by("soma_joinid")
     columns = (table[name].to_pylist() for name in ("event", "dataset", "detail"))
     return fold(list(zip(*columns, strict=True)))
