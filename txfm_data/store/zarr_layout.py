@@ -41,7 +41,7 @@ MEASURED, NNZ = "varm/measured_in", "varm/nnz_in"
 DATASET_NAMES = "uns/txfm_datasets"
 VALUE_DTYPES = (np.dtype(np.uint32), np.dtype(np.float64))
 
-_LEVEL = 5
+_LEVEL = 1
 _MAX_CHUNK, _MAX_SHARD = 2**24, 2**28
 """Elements; a metadata file that claims more is refused before anything of that size is allocated."""
 _SEAL = "txfm_sha256"
