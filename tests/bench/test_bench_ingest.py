@@ -82,7 +82,7 @@ def test_ingest_into_zarr_against_the_layout_of_annbatch(tmp_path, source):
     print(f"rate {ours['rate'] / theirs['rate']:.2f} of theirs, bytes {ours['bytes'] / theirs['bytes']:.2f} of theirs")
     assert ours["bytes"] < min(ANNBATCH_BYTES, theirs["bytes"])
     # Theirs holds the file in memory and neither checks nor hashes nor makes durable; annbatch itself needs Python 3.12.
-    assert ours["rate"] > 0.25 * theirs["rate"]
+    assert ours["rate"] > 0.4 * theirs["rate"]
 
 
 @pytest.fixture(scope="module")
@@ -119,4 +119,4 @@ def test_scanning_against_plain_reads(stores):
             best[name] = min(best[name], time.perf_counter() - since)
     rate = {name: store.n_obs / seconds for name, seconds in best.items()}
     print("\nsamples/s: " + ", ".join(f"{name} {value:,.0f}" for name, value in rate.items()))
-    assert rate["scan"] > 0.35 * rate["plain"]  # 0.8 to 0.97 were seen; a busy machine must not fail this
+    assert rate["scan"] > 0.5 * rate["plain"]  # 0.8 to 0.97 were seen

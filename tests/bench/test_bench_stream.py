@@ -73,7 +73,7 @@ def test_normalising_and_masking_against_numpy(samples):
 
     mine, numpy = rates(ours, plain)
     print(f"\nmasking: {mine:,.0f} samples/s, NumPy {numpy:,.0f}, ratio {mine / numpy:.1f}")
-    assert mine > numpy
+    assert mine > 1.5 * numpy
 
 
 def test_decoding_blocks_against_plain_arrow_arrays(samples):
@@ -110,4 +110,4 @@ def test_gathering_rows_against_scipy(samples):
     matrix = sp.csr_matrix((samples.counts, samples.gene_ids.astype(np.int32), samples.indptr), shape=(N, PANEL))
     ours, theirs = rates(lambda: take_samples(samples, rows), lambda: matrix[rows])
     print(f"\ngathering: {ours:,.0f} samples/s, scipy {theirs:,.0f}, ratio {ours / theirs:.1f}")
-    assert ours > 0.1 * theirs
+    assert ours > 0.3 * theirs
