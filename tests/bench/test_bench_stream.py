@@ -32,7 +32,7 @@ def samples() -> Ragged:
     return Ragged(indptr, genes.astype(np.uint16).ravel(), rng.permuted(rank, axis=1).astype(np.uint32).ravel())
 
 
-def rates(ours: Callable[[], object], theirs: Callable[[], object], rounds: int = 5) -> tuple[float, float]:
+def rates(ours: Callable[[], object], theirs: Callable[[], object], rounds: int = 30) -> tuple[float, float]:
     """Samples per second of the best of a few runs of each; the runs alternate, so that a busy moment strikes both."""
     works = (ours, theirs)
     best = [math.inf, math.inf]
