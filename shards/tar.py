@@ -1,70 +1,78 @@
-"""Blocks of one split into WebDataset tar files of a bounded size, synced to disk, with what the manifest says of them."""
+"""One shard as a tar file of blocks, synced to disk, with what the manifest says of it."""
 
 import hashlib
 import os
+import secrets
 import tarfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 
-import webdataset
+from shards.entries import TAR_BLOCK, BlockEntry, FileEntry, ShardEntry
 
-from shards import manifest as mf
-from shards.codec import Block, encode
-
-
-class SplitWriter:
-    """Writes the blocks of one split into tar files of a bounded size."""
-
-    def __init__(self, folder: Path, split: str, shard_bytes: int) -> None:
-        self._folder, self._split, self._shard_bytes = folder, split, shard_bytes
-        self._shards: list[mf.ShardEntry] = []
-        self._pending: list[tuple[bytes, int]] = []
-        self._pending_bytes = 0
-
-    def add(self, block: Block) -> None:
-        """Encode a block; write a shard once enough blocks have come together."""
-        data = encode(block)
-        if self._pending and self._pending_bytes + len(data) > self._shard_bytes:
-            self._flush()
-        self._pending.append((data, len(block)))
-        self._pending_bytes += len(data)
-
-    def close(self) -> tuple[mf.ShardEntry, ...]:
-        """Write what is left; entries of all shards."""
-        if self._pending:
-            self._flush()
-        return tuple(self._shards)
-
-    def _flush(self) -> None:
-        name = f"{self._split}-{len(self._shards):06d}.tar"
-        path = self._folder / name
-        with open(path, "wb") as handle:
-            # Fixed owner and time, so that the same corpus gives the same bytes.
-            with webdataset.TarWriter(handle, encoder=False, user="txfm", group="txfm", mtime=0) as tar:
-                for number, (data, _) in enumerate(self._pending):
-                    tar.write({"__key__": f"{number:06d}", "arrow": data})
-            handle.flush()
-            os.fsync(handle.fileno())
-        blocks = tuple(
-            mf.BlockEntry(offset, len(data), zlib.crc32(data), n)
-            for offset, (data, n) in zip(_member_offsets(path), self._pending, strict=True)
-        )
-        entry = file_entry(path)
-        self._shards.append(mf.ShardEntry(name, entry.bytes, entry.sha256, sum(b.samples for b in blocks), blocks))
-        self._pending, self._pending_bytes = [], 0
+_END = 2 * TAR_BLOCK
+_RECORD = 10_240
+"""Tar files are a whole number of records, says the standard."""
 
 
-def _member_offsets(path: Path) -> Iterator[int]:
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            yield member.offset
+def member_header(name: str, n_bytes: int) -> bytes:
+    """Header of a plain file; owner and time are fixed, so that the same corpus gives the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.uname, info.gname = n_bytes, 0o444, "txfm", "txfm"
+    return info.tobuf(tarfile.USTAR_FORMAT)
 
 
-def file_entry(path: Path) -> mf.FileEntry:
+class TarShard:
+    """Writes a shard under another name, and gives it its own when it is whole and on disk. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Each time another name: a worker that outlives a killed build may write the same shard
+        self._part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+        self._handle = open(self._part, "wb")
+        self._sha256 = hashlib.sha256()
+        self._at = 0
+        self._blocks: list[BlockEntry] = []
+
+    def __enter__(self) -> "TarShard":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle.close()
+        self._part.unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        self._handle.write(data)
+        self._sha256.update(data)
+        self._at += len(data)
+
+    def add(self, data: bytes, samples: int, datasets: int, batches: int) -> None:
+        """Append a block, and note how many samples and distinct datasets and batches it has."""
+        entry = BlockEntry(self._at, len(data), zlib.crc32(data), samples, datasets, batches)
+        self._write(member_header(f"{len(self._blocks):06d}.arrow", len(data)))
+        self._write(data)
+        self._write(bytes(-len(data) % TAR_BLOCK))
+        self._blocks.append(entry)
+
+    def close(self, name: str) -> ShardEntry:
+        """End the tar; its entry under that name."""
+        self._write(bytes(_END + -(self._at + _END) % _RECORD))
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        self._handle.close()
+        if self._part.stat().st_size != self._at:
+            raise OSError(f"{self._part}: {self._part.stat().st_size} bytes on disk of {self._at} written")
+        os.replace(self._part, self._path)
+        samples = sum(block.samples for block in self._blocks)
+        return ShardEntry(name, self._at, self._sha256.hexdigest(), samples, tuple(self._blocks))
+
+
+def file_entry(path: Path) -> FileEntry:
     """Size and sha256 of a file."""
     with open(path, "rb") as handle:
-        return mf.FileEntry(path.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest())
+        return FileEntry(path.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest())
 
 
 def write_synced(path: Path, data: bytes) -> None:

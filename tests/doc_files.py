@@ -119,7 +119,17 @@ def large(folder: Path) -> None:
         _adata(number, N_OBS, range(number, number + N_GENES)).write_h5ad(folder / f"{name}.h5ad")
 
 
+def shard(folder: Path) -> None:
+    """A store of two datasets with labels."""
+    from txfm_data import ingest
+
+    for number, name in enumerate(("pbmc", "lung")):
+        _adata(number, 60, range(5 * number, 5 * number + N_GENES)).write_h5ad(folder / f"{name}.h5ad")
+        ingest.h5ad(folder / f"{name}.h5ad", folder / "store.soma", name, batch="donor", cell_type="cell_type")
+
+
 PAGES: dict[str, Callable[[Path], None]] = {
     "ingest_h5ad": h5ad, "ingest_10x": tenx, "ingest_gct": gct, "ingest_star": star, "ingest_table": table,
     "ingest_census": census, "store": stores, "parallel_ingest": large,
+    "shard": shard,
 }  # fmt: skip

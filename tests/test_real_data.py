@@ -7,8 +7,9 @@ import cellxgene_census
 import numpy as np
 import scipy.sparse as sp
 
+from shards.blocks import BlockReader
 from shards.manifest import Corpus
-from shards.reader import BlockReader, join
+from shards.packing import join, unpack
 from shards.select import ShardConfig
 from shards.verify import verify as verify_shards
 from shards.writer import build_shards
@@ -44,7 +45,11 @@ def test_single_cells_bulk_and_a_screen_survive_the_road(tmp_path, real_data: Pa
     build_shards(store, tmp_path / "shards", ShardConfig(min_cell_fraction=0.05, lanes=8))
     corpus = Corpus(tmp_path / "shards")
     assert verify_shards(corpus)["n_train"] + corpus.n_samples("val") == store.n_obs
-    every = join([BlockReader(corpus, s).read(i) for s in ("train", "val") for i in range(len(corpus.blocks(s)))])
+    blocks = [BlockReader(corpus, s).read(i) for s in ("train", "val") for i in range(len(corpus.blocks(s)))]
+    dataset, sample_id = (
+        np.concatenate([getattr(block, name) for block in blocks]) for name in ("dataset", "sample_id")
+    )
+    samples = unpack(join([block.packed for block in blocks]))
     with cellxgene_census.open_soma(uri=str(tmp_path / "store")) as census:
         for number, name in enumerate(names):
             adata = ad.read_h5ad(real_data / f"{name}.h5ad")
@@ -55,11 +60,9 @@ def test_single_cells_bulk_and_a_screen_survive_the_road(tmp_path, real_data: Pa
             position = {gene: i for i, gene in enumerate(got.var["feature_id"])}
             for gene in list(expected)[::97]:
                 np.testing.assert_array_equal(counts[:, [position[gene]]].toarray().ravel(), expected[gene])
-            rows = np.flatnonzero(every.dataset == number)
+            rows = np.flatnonzero(dataset == number)
             start = store.dataset(name).obs_start
             for row in rows[::401]:
-                part = slice(every.samples.indptr[row], every.samples.indptr[row + 1])
-                for gene, count in list(zip(every.samples.gene_ids[part], every.samples.counts[part], strict=True))[
-                    ::13
-                ]:
-                    assert expected[corpus.vocabulary.gene_ids[gene]][every.sample_id[row] - start] == count
+                part = slice(samples.indptr[row], samples.indptr[row + 1])
+                for gene, count in list(zip(samples.gene_ids[part], samples.counts[part], strict=True))[::13]:
+                    assert expected[corpus.vocabulary.gene_ids[gene]][sample_id[row] - start] == count

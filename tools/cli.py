@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "Score a model: relationship recall of its gene representations.",
     "info": "Say what a store, a shard folder or a checkpoint holds.",
     "verify": "Check every checksum and sum of a store, a shard folder or a checkpoint.",
+    "bench": "Measure the stream of training batches beside its parts, their floors, and another loader.",
     "simulate": "Simulate a small multi-dataset corpus with known gene programs.",
     "quickstart": "Run the whole road, from counts to an evaluation, on simulated data or on your own h5ad files.",
 }
@@ -74,6 +75,8 @@ def _main_of(verb: str) -> Callable[[Sequence[str] | None], int]:
             from tools.info import main as verb_main
         case "verify":
             from tools.verify import main as verb_main
+        case "bench":
+            from tools.bench import main as verb_main
         case "simulate":
             from tools.simulate import main as verb_main
         case "quickstart":

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +40,16 @@ def _store(path: str) -> dict[str, Any]:
 
 
 def _shards(path: str) -> dict[str, Any]:
-    from shards.manifest import SPLITS, Corpus
+    from shards.describe import describe
+    from shards.manifest import Corpus
 
-    corpus = Corpus(path)
-    shards = [shard for split in SPLITS for shard in corpus.shards(split)]
-    return {
-        "kind": "shards", "path": path, "n_genes": len(corpus.vocabulary), "n_train": corpus.n_samples("train"),
-        "n_val": corpus.n_samples("val"), "lanes": corpus.lanes, "shards": len(shards), "bytes": sum(s.bytes for s in shards),
-        "target_sum": corpus.target_sum, "fingerprint": corpus.fingerprint, "vocabulary": corpus.vocabulary.fingerprint,
-        "datasets": [asdict(d) | {"n_genes": len(corpus.panels.genes(d.panel_id))} for d in corpus.manifest.datasets],
-    }  # fmt: skip
+    return describe(Corpus(path))
 
 
 def summary(result: dict[str, Any]) -> str:
     """Names and values, one a line; datasets and the overlaps of their panels as tables."""
+    if result["kind"] == "shards":
+        return _shards_summary(result)
     lines = []
     for key, value in result.items():
         if key in ("datasets", "genes_in_common"):
@@ -63,13 +59,49 @@ def summary(result: dict[str, Any]) -> str:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             value = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
         lines.append(f"{key.replace('_', ' ')}: {value}")
-    is_store = result["kind"] == "store"
     for d in result.get("datasets", []):
-        samples = f"{d['n_obs']:,}" if is_store else f"{d['n_train']:,} train + {d['n_val']:,} validation"
-        genes = d["n_panel"] if is_store else d["n_genes"]
-        source = f", {d['values']}, from {d['source']}" if is_store else ""
-        lines.append(f"  {d['name']}: {samples} samples x {genes:,} genes, {d['modality']}{source}")
+        lines.append(
+            f"  {d['name']}: {d['n_obs']:,} samples x {d['n_panel']:,} genes, {d['modality']}, {d['values']}, from {d['source']}"
+        )
     return "\n".join([*lines, *_overlaps(result.get("genes_in_common", {}))])
+
+
+def _shards_summary(result: dict[str, Any]) -> str:
+    """A shard corpus in words, a line for each dataset."""
+    order, splits = result["order"], result["splits"]
+    lines = [f"{key}: {result[key]}" for key in ("kind", "path", "fingerprint", "vocabulary", "seed")]
+    if result["selection"] is not None:
+        lines.append(f"selection: {result['selection']}")
+    lines.append(f"genes: {result['n_genes']:,}, libraries scaled to {result['target_sum']:,.0f} counts")
+    for split, part in splits.items():
+        lines.append(
+            f"{split}: {part['samples']:,} samples in {part['blocks']:,} blocks of {part['smallest_block']:,} to "
+            f"{part['largest_block']:,}, {part['shards']:,} shards, {part['bytes']:,} bytes"
+        )
+    lines.append(f"bytes a sample: {result['bytes_per_sample']:,.1f}")
+    for name, found in result["mixing"].items():
+        lines.append(
+            f"mixing: a block holds {found['mean']:,.2f} of {found['there']:,} {name} on average, at least {found['minimum']:,}; "
+            f"drawn at random it would be {found['expected']:,.2f}"
+        )
+    at_most = f", {order['largest_global_batch']:,} at most" if order["largest_global_batch"] is not None else ""
+    lines.append(
+        f"order: {result['lanes']:,} lanes, {order['mix_blocks']:,} blocks mixed; for "
+        f"{' or '.join(f'{n:,}' for n in order['world_sizes'])} processes and global batches that are multiples of "
+        f"{order['global_batch_multiple']:,}{at_most}; {order['samples_per_epoch']:,.0f} samples an epoch"
+    )
+    for name, kind in result["obs_columns"].items():
+        lines.append(f"obs column: {name} ({kind})")
+    for d in result["datasets"]:
+        weight = f", weight {d['weight']:g}" if d["weight"] < 1 else ""
+        names = ", ".join(d["val_batches"][:5]) + (
+            f", … ({len(d['val_batches'])})" if len(d["val_batches"]) > 5 else ""
+        )
+        lines.append(
+            f"  {d['name']}: {d['n_train']:,} train + {d['n_val']:,} validation samples x {d['n_genes']:,} genes, {d['modality']}"
+            f"{weight}, held out: {d['held_out']}{f' {names}' if names else ''}"
+        )
+    return "\n".join(lines)
 
 
 def _overlaps(common: dict[str, dict[str, int]]) -> list[str]:

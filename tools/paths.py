@@ -7,17 +7,17 @@ Kind = Literal["store", "shards", "checkpoint"]
 
 
 def kind_of(path: str | Path) -> Kind:
-    """Tell by the files that each kind always has; what is none of the others, or on object storage, is opened as a store.
+    """Tell by the files that each kind always has; what is none of the others is opened as a store.
 
     Raises
     ------
     FileNotFoundError
         If there is nothing at `path`.
     """
-    from txfm_data.address import is_remote
+    from txfm_data.address import exists, is_remote, join
 
     if is_remote(path):
-        return "store"
+        return "shards" if exists(join(path, "manifest.json")) else "store"
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: nothing there; give the path of a store, a shard folder or a checkpoint")

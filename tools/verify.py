@@ -45,7 +45,15 @@ def run(options: Options, terminal: Terminal) -> dict[str, Any]:
 def summary(result: dict[str, Any]) -> str:
     """Say that all is well, and how much was read."""
     numbers = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in result.items() if type(value) is int)
-    return f"sound: {result['kind']} {result['path']}" + (f" ({numbers})" if numbers else "")
+    lines = [f"sound: {result['kind']} {result['path']}" + (f" ({numbers})" if numbers else "")]
+    if result["kind"] == "shards":
+        ratio = f"{result['compression']:.2f}"
+        lines.append(
+            f"  {result['bytes_per_sample']:,.1f} bytes a sample; 6 bytes a non-zero would be {ratio} times that"
+        )
+        for d in result["datasets"]:
+            lines.append(f"  {d['name']}: {d['n_train']:,} train + {d['n_val']:,} validation samples")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

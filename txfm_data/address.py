@@ -259,6 +259,50 @@ def open_binary(address: str | Path) -> IO[bytes]:
         return opened
 
 
+def read_range(address: str | Path, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of a file, remote ones in one request; fewer where the file ends before.
+
+    Raises
+    ------
+    FileNotFoundError, PermissionError, ConnectionError, OSError
+        If there is no such file, or it cannot be reached.
+    """
+    if not is_remote(address):
+        with open(local_path(address), "rb", buffering=0) as handle:
+            handle.seek(start)
+            parts, wanted = [], stop - start
+            while wanted > 0 and (
+                part := handle.read(wanted)
+            ):  # a read may be cut short by a signal, or by a network drive
+                parts.append(part)
+                wanted -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+    text = _text(address)
+    with clear_errors(text):
+        filesystem, name = _filesystem(text)
+        data: bytes = filesystem.cat_file(name, start=start, end=stop)
+    return data
+
+
+def file_size(address: str | Path) -> int:
+    """Bytes of a file; for places that cannot list their folders.
+
+    Raises
+    ------
+    FileNotFoundError, PermissionError, ConnectionError, OSError
+        If there is no such file, or it does not say.
+    """
+    if not is_remote(address):
+        return local_path(address).stat().st_size
+    text = _text(address)
+    with clear_errors(text):
+        filesystem, name = _filesystem(text)
+        size = filesystem.info(name)["size"]
+    if size is None:
+        raise OSError(f"{redact(text)}: the server does not say how long it is")
+    return int(size)
+
+
 def exists(address: str | Path) -> bool:
     """Whether there is a file or a folder (in object storage: anything below that name).
 
@@ -304,6 +348,31 @@ def list_files(address: str | Path) -> dict[str, int]:
             raise NotADirectoryError(f"{redact(text)}: a file; name a folder")
         prefix = name.rstrip("/") + "/"
         return dict(sorted((key.removeprefix(prefix), int(entry["size"])) for key, entry in found.items()))
+
+
+def upload(path: str | Path, address: str | Path) -> None:
+    """Copy a file of this machine to object storage, under that address.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file or bucket.
+    PermissionError, ConnectionError
+        If it cannot be written.
+    ValueError
+        If the address is not remote, or cannot be written to (http).
+    """
+    text = _text(address)
+    if not is_remote(address):
+        raise ValueError(f"{text}: a path of this machine; uploads go to object storage")
+    with clear_errors(text):
+        filesystem, name = _filesystem(text)
+        try:
+            filesystem.put_file(str(local_path(path)), name)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{redact(text)}: cannot be written to; name an address such as s3://bucket/name"
+            ) from error
 
 
 def remove_tree(address: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Numba kernels between a ragged batch and the arrays a model sees: hashing, normalising, masking.
+"""Numba kernels over ragged batches: hashing, normalising, drawing genes, and what ingest does to rows.
 
 All run without the GIL and allocate nothing: the caller owns every buffer. Randomness is a hash of
 (seed, epoch, sample id, draw), so a mask is the same wherever and whenever it is drawn.
@@ -10,7 +10,8 @@ from numba import njit
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
-_S27, _S30, _S31, _S32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
+_S11, _S27, _S30, _S31, _S32 = np.uint64(11), np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
+_KEEP = np.uint64(2**59)
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -30,11 +31,22 @@ def stream_key(seed, epoch, item):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def hash_range(seed, epoch, item, out):  # type: ignore[no-untyped-def]
-    """Fill `out` (n,) uint64 with the first n draws of the stream of `stream_key(seed, epoch, item)`."""
+def hash_range(seed, epoch, item, out, start=0):  # type: ignore[no-untyped-def]
+    """Fill `out` (n,) uint64 with draws start + 1 to start + n of the stream of `stream_key(seed, epoch, item)`."""
     key = stream_key(seed, epoch, item)
     for i in range(out.shape[0]):
-        out[i] = mix(key + np.uint64(i + 1) * _GOLDEN)
+        out[i] = mix(key + np.uint64(start + i + 1) * _GOLDEN)
+
+
+@njit(nogil=True, cache=True)
+def keep_samples(seed, epoch, sample_id, weight, out):  # type: ignore[no-untyped-def]
+    """Which samples an epoch serves: each with the probability of its weight, decided by (seed, epoch, sample id) alone.
+
+    sample_id : (n,) int64, below 2^59.  weight : (n,) float64 in (0, 1].  out : (n,) bool.
+    """
+    for i in range(sample_id.shape[0]):
+        key = stream_key(seed, epoch, np.uint64(sample_id[i]) + _KEEP)
+        out[i] = np.float64(mix(key + _GOLDEN) >> _S11) < weight[i] * 9_007_199_254_740_992.0
 
 
 @njit(nogil=True, cache=True)
@@ -44,17 +56,18 @@ def draw_unmasked(key, identity, swaps, out):  # type: ignore[no-untyped-def]
     Partial Fisher-Yates; the swaps are undone, so the draw depends on `key` alone (paper section 3, masking).
 
     key : uint64. Of `stream_key`.
-    identity : (P,) int32. Must hold 0..P-1 on entry and holds it again on return.
-    swaps : (>= len(out),) int32. Scratch.
-    out : (K,) int32, K <= P. The positions drawn.
+    identity : (P,) uint16. Must hold 0..P-1 on entry and holds it again on return.
+    swaps : (>= len(out),) uint32. Scratch.
+    out : (K,) uint16, K <= P. The positions drawn.
     """
     key = np.uint64(key)
     n = np.uint64(identity.shape[0])
     # Three loops: the hashes of the first depend on nothing before them, so the compiler makes vectors of them.
+    # Positions are unsigned, since a signed index would be checked for being negative at every access.
     for i in range(out.shape[0]):
         k = np.uint64(i)
         draw = mix(key + (k + np.uint64(1)) * _GOLDEN) >> _S32
-        swaps[i] = np.int32(k + ((draw * (n - k)) >> _S32))
+        swaps[i] = np.uint32(k + ((draw * (n - k)) >> _S32))
     for i in range(out.shape[0]):
         other = swaps[i]
         drawn = identity[other]
@@ -74,53 +87,19 @@ def normalize(indptr, counts, library_size, target_sum, out):  # type: ignore[no
     out : (nnz,) float32. Computed in float64, rounded once.
     """
     for b in range(indptr.shape[0] - 1):
+        start = indptr[b]
+        n = indptr[b + 1] - start
         scale = target_sum / library_size[b]
-        for j in range(indptr[b], indptr[b + 1]):
-            out[j] = np.float32(counts[j] * scale)
-
-
-@njit(nogil=True, cache=True)
-def mask_batch(  # type: ignore[no-untyped-def]
-    indptr, gene_ids, normalized, panel_id, sample_id, panel_indptr, panel_genes, seed, epoch,
-    dense, identity, swaps, drawn, out_gene_ids, out_values, out_n_unmasked,
-):  # fmt: skip
-    """Choose the unmasked genes of each sample from its panel, zeros included, and look up their values.
-
-    indptr, gene_ids, normalized : the batch as CSR; `normalized` as `normalize` writes it.
-    panel_id : (B,) int64.  sample_id : (B,) int64.  panel_indptr, panel_genes : of `Panels`.
-    dense : (G,) float32 scratch, zero on entry and on return.  identity : (>= largest panel,) int32 scratch, 0, 1, 2, …
-    swaps, drawn : (>= K,) int32 scratch.
-    out_gene_ids : (B, K) uint16, token ids.  out_values : (B, K) float32, ln(1 + normalised count).
-    out_n_unmasked : (B,) int32. Genes shown: K, or the whole panel where it is smaller; columns beyond are 0.
-    """
-    width = out_gene_ids.shape[1]
-    for b in range(indptr.shape[0] - 1):
-        first = panel_indptr[panel_id[b]]
-        size = panel_indptr[panel_id[b] + 1] - first
-        for j in range(indptr[b], indptr[b + 1]):
-            dense[gene_ids[j]] = normalized[j]
-        n = min(width, size)
-        if n < size:
-            draw_unmasked(stream_key(seed, epoch, sample_id[b]), identity[:size], swaps, drawn[:n])
-        for k in range(n):
-            gene = panel_genes[first + (drawn[k] if n < size else k)]
-            out_gene_ids[b, k] = gene
-            value = dense[gene]
-            # Most genes shown are zeros, and a logarithm costs more than drawing the gene.
-            out_values[b, k] = np.float32(np.log1p(np.float64(value))) if value != 0.0 else np.float32(0.0)
-        for k in range(n, width):
-            out_gene_ids[b, k] = 0
-            out_values[b, k] = 0.0
-        out_n_unmasked[b] = n
-        for j in range(indptr[b], indptr[b + 1]):
-            dense[gene_ids[j]] = 0.0
+        values, scaled = counts[start : start + n], out[start : start + n]
+        for j in range(n):
+            scaled[j] = np.float32(values[j] * scale)
 
 
 @njit(nogil=True, cache=True)
 def draw_rows(seed, epoch, items, identity, swaps, out):  # type: ignore[no-untyped-def]
     """Draw positions for several items at once, each as `draw_unmasked` with the key of (seed, epoch, item).
 
-    items : (B,) int64, sample ids or rows.  out : (B, K) int32.  identity, swaps : as in `draw_unmasked`.
+    items : (B,) int64, sample ids or rows.  out : (B, K) uint16.  identity, swaps : as in `draw_unmasked`.
     """
     for b in range(items.shape[0]):
         draw_unmasked(stream_key(seed, epoch, items[b]), identity, swaps, out[b])

@@ -132,7 +132,9 @@ def read_vocabulary(path: str | Path) -> tuple[Vocabulary, GeneStatistics]:
         If the file is not a parquet table with the columns of a vocabulary.
     """
     try:
-        table = pq.read_table(str(path))
+        # Not `pq.read_table`: its threads and read-ahead take 50 MB for a table of 2.
+        with pq.ParquetFile(str(path), pre_buffer=False) as file:
+            table = file.read(use_threads=False)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: not a readable vocabulary (parquet): {error}") from error
     missing = [name for name in _COLUMNS if name not in table.column_names]

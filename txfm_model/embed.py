@@ -219,7 +219,7 @@ def _draw_positions(n_genes: int, n_unmasked: int, seed: int, first_row: int, st
     """Positions drawn for each row, (B, K) int64: a function of (seed, row)."""
     from txfm_data.kernels import draw_rows  # numba, needed only here
 
-    identity, swaps = np.arange(n_genes, dtype=np.int32), np.empty(n_unmasked, dtype=np.int32)
-    drawn_BK = np.empty((stop_row - first_row, n_unmasked), dtype=np.int32)
+    identity, swaps = np.arange(n_genes, dtype=np.uint16), np.empty(n_unmasked, dtype=np.uint32)
+    drawn_BK = np.empty((stop_row - first_row, n_unmasked), dtype=np.uint16)
     draw_rows(seed, 0, np.arange(first_row, stop_row), identity, swaps, drawn_BK)
     return drawn_BK.astype(np.int64)

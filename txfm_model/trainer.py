@@ -4,6 +4,7 @@ The loader is not prepared by Accelerate: the stream already gives each rank its
 (corpus, configuration, step) alone: rate, samples, masks and stochastic depth are functions of it.
 """
 
+import itertools
 import logging
 import os
 import time
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from txfm_data.panels import Panels
 from txfm_data.progress import Progress, ignore
-from txfm_model.config import TrainConfig
+from txfm_model.config import LoopConfig, TrainConfig
 from txfm_model.initialise import initialise
 from txfm_model.launch import Precision, autocast, choose_precision, start_accelerator
 from txfm_model.losses import poisson_loss
@@ -130,18 +131,15 @@ def _prepare(config: TrainConfig) -> _Run:
         n_unmasked=config.mask.n_unmasked,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        temperature=config.mask.temperature,
+        pin_memory=accelerator.device.type == "cuda",
     )
-    if stream.batches_per_epoch < 1:
-        raise ValueError(
-            f"{config.shards}: {corpus.n_samples('train')} train samples do not fill one batch of "
-            f"loop.global_batch {config.loop.global_batch}; lower it"
-        )
     with torch.device("meta"):
         model = TxFM(config.model, corpus.vocabulary)
     model.to_empty(device="cpu")
     initialise(model, seed=config.loop.seed, statistics=corpus.statistics)
     model.to(accelerator.device).train()
-    total_steps = config.loop.total_steps(stream.batches_per_epoch)
+    total_steps = _total_steps(config.loop, stream)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim, total_steps))
     predictor = PanelMeanPredictor(corpus.panels, len(corpus.vocabulary))
     return _Run(
@@ -179,6 +177,8 @@ def _validation_batches(config: TrainConfig, corpus: "Corpus", accelerator: "Acc
         n_unmasked=config.mask.n_unmasked,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        temperature=config.mask.temperature,
+        pin_memory=accelerator.device.type == "cuda",
     )
 
 
@@ -190,11 +190,10 @@ def _loop(run: _Run, writer: MetricsWriter | None, progress: Progress) -> dict[s
     val_line: dict[str, float | None] = {}
     started = window_started = time.perf_counter()
     window_wait, window_steps, training_s = run.stream.wait_s, 0, 0.0
-    for step, batch in _steps(run.stream, run.total_steps):
+    for step, epoch, batch in _steps(run.stream, run.total_steps):
         lr = learning_rate(step - 1, run.total_steps, run.config.optim)
         _train_step(run, batch.to(device), step, lr, window)
         window_steps += 1
-        epoch = step / run.stream.batches_per_epoch
         if step % loop.log_every == 0 or step == run.total_steps:
             train_line = window.summary(run.accelerator, step) | {"lr": lr}
             elapsed = max(time.perf_counter() - window_started, 1e-9)
@@ -233,10 +232,29 @@ def _loop(run: _Run, writer: MetricsWriter | None, progress: Progress) -> dict[s
     }
 
 
-def _steps(stream: "MaskedStream", total_steps: int) -> Iterator[tuple[int, "MaskedBatch"]]:
-    """Pairs of step (1 is the first) and this rank's batch, over as many epochs as it takes."""
-    for step in range(0, total_steps, stream.batches_per_epoch):
-        yield from zip(range(step + 1, total_steps + 1), stream.epoch(step // stream.batches_per_epoch), strict=False)
+def _total_steps(loop: LoopConfig, stream: "MaskedStream") -> int:
+    """Optimizer steps of the run; where datasets have weights, each epoch has a length of its own."""
+    if loop.epochs is None or not stream.corpus.is_weighted:
+        return loop.total_steps(stream.batches_in_epoch(0))
+    whole = int(loop.epochs)
+    batches = float(sum(map(stream.batches_in_epoch, range(whole))))
+    if loop.epochs > whole:
+        batches += (loop.epochs - whole) * stream.batches_in_epoch(whole)
+    return max(1, round(batches))
+
+
+def _steps(stream: "MaskedStream", total_steps: int) -> Iterator[tuple[int, float, "MaskedBatch"]]:
+    """Step (1 is the first), epochs done after it, and this rank's batch, over as many epochs as it takes."""
+    step = 0
+    for epoch in itertools.count():
+        n_batches = stream.batches_in_epoch(epoch)
+        batches = stream.epoch(epoch)
+        for batch in itertools.islice(batches, total_steps - step):
+            step += 1
+            yield step, epoch + (batch.number + 1) / n_batches, batch
+        batches.close()
+        if step == total_steps:
+            return
 
 
 def _train_step(run: _Run, batch: "MaskedBatch", step: int, lr: float, window: TrainWindow) -> None:

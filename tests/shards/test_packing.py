@@ -1,77 +1,151 @@
-"""The byte packing of gene ids and counts: exact inverses, and no read past the end of damaged bytes."""
+"""Packing and unpacking are exact inverses for whatever samples hold, and bytes that no packing gives are refused."""
+
+from dataclasses import replace
 
 import numpy as np
-from hypothesis import given, settings
+import pytest
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shards import packing
+from txfm_data.ragged import Ragged, concatenate
 
-G = 65_535
-
-
-def pack(kind, indptr, values):
-    width = {"genes": 3, "counts": 5}[kind]
-    out, offsets = np.empty(width * len(values), np.uint8), np.empty(len(indptr), np.int32)
-    {"genes": packing.pack_genes, "counts": packing.pack_counts}[kind](indptr, values, out, offsets)
-    return out[: offsets[-1]], offsets
+N_GENES = 65_535
 
 
-def ragged(seed: int, n_genes: int, n: int):
-    rng = np.random.default_rng(seed)
-    sizes = [0, n_genes, *rng.integers(0, min(n_genes, 400) + 1, n)]
-    ids = [np.sort(rng.choice(n_genes, size, replace=False)) for size in sizes]
-    counts = [rng.choice([1, 2, 254, 255, 256, 257, 65_535, 65_536, 2**32 - 1], size) for size in sizes]
-    indptr = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return indptr, np.concatenate(ids).astype(np.uint16), np.concatenate(counts).astype(np.uint32)
+def ragged_of(samples: list[tuple[list[int], list[float]]], dtype: type = np.uint32) -> Ragged:
+    lengths = [len(genes) for genes, _ in samples]
+    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    genes = np.array([g for genes, _ in samples for g in genes], np.uint16)
+    return Ragged(indptr, genes, np.array([c for _, counts in samples for c in counts], dtype))
 
 
-@given(seed=st.integers(0, 10_000), n_genes=st.sampled_from([1, 2, 255, 256, 257, 600, G]), n=st.integers(0, 6))
-@settings(max_examples=60, deadline=None)
-def test_unpacking_inverts_packing(seed, n_genes, n):
-    indptr, gene_ids, counts = ragged(seed, n_genes, n)
-    out_genes, out_counts = np.empty_like(gene_ids), np.empty_like(counts)
-    assert packing.unpack_genes(*pack("genes", indptr, gene_ids), indptr, n_genes, out_genes) == -1
-    assert packing.unpack_counts(*pack("counts", indptr, counts), indptr, out_counts) == -1
-    np.testing.assert_array_equal(out_genes, gene_ids)
-    np.testing.assert_array_equal(out_counts, counts)
+genes = st.lists(
+    st.one_of(
+        st.integers(0, 300), st.integers(0, N_GENES - 1), st.sampled_from([0, 254, 255, 256, 510, 511, N_GENES - 1])
+    ),
+    unique=True,
+    max_size=30,
+).map(sorted)
+count = st.one_of(
+    st.integers(1, 300), st.integers(1, 2**32 - 1), st.sampled_from([1, 255, 256, 257, 65_535, 65_536, 2**32 - 1])
+)
+value = st.one_of(count.map(float), st.floats(1e-300, 1e300))
+
+
+@st.composite
+def samples_of(draw, values):
+    chosen = draw(st.lists(genes, max_size=8))
+    return [(ids, draw(st.lists(values, min_size=len(ids), max_size=len(ids)))) for ids in chosen]
+
+
+def assert_same(a: Ragged, b: Ragged) -> None:
+    for name in ("indptr", "gene_ids", "counts"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+@given(samples_of(count))
+@settings(deadline=None)
+@example([])
+@example([([], []), ([0], [1]), ([], [])])
+@example([(list(range(600)), [1] * 600), (list(range(0, 60_000, 256)), [65_536] * 235)])
+def test_unpacking_is_the_inverse_of_packing(samples):
+    ragged = ragged_of(samples)
+    packed = packing.pack(ragged)
+    packing.check(packed, N_GENES, "here")
+    back = packing.unpack(packed)
+    assert back.counts.dtype == np.uint32
+    assert_same(back, ragged)
+
+
+@given(samples_of(value), st.data())
+@settings(deadline=None)
+def test_fractions_are_exact_and_any_rows_can_be_had(samples, data):
+    ragged = ragged_of(samples, np.float64)
+    packed = packing.pack(ragged)
+    packing.check(packed, N_GENES, "here")
+    assert_same(packing.unpack(packed, dtype=np.float64), ragged)
+    rows = np.array(
+        data.draw(st.lists(st.integers(0, max(0, len(samples) - 1)), max_size=6)) if samples else [], np.int64
+    )
+    chosen = ragged_of([samples[r] for r in rows], np.float64)
+    assert_same(packing.unpack(packed, rows, np.float64), chosen)
+    assert_same(packing.unpack(packing.take(packed, rows), dtype=np.float64), chosen)
+    joined = packing.join([packed, packing.take(packed, rows)])
+    packing.check(joined, N_GENES, "here")
+    assert_same(packing.unpack(joined, dtype=np.float64), concatenate([ragged, chosen]))
 
 
 def test_bytes_are_as_documented():
-    indptr = np.array([0, 3, 5])
-    data, offsets = pack("genes", indptr, np.array([0, 1, 257, 254, 510], np.uint16))
-    assert data.tolist() == [0, 0, 255, 255, 0, 254, 255, 255, 0] and offsets.tolist() == [0, 5, 9]
-    data, offsets = pack("counts", indptr, np.array([1, 255, 256, 2**32 - 1, 2], np.uint32))
-    assert data.tolist() == [0, 254, 255, 0, 1, 0, 0, 255, 255, 255, 255, 255, 1] and offsets.tolist() == [
-        0,
-        7,
-        13,
-    ]
+    packed = packing.pack(ragged_of([([0, 1, 255, 511, 768], [1, 255, 256, 65_536, 2]), ([3], [1])]))
+    assert packed.genes.tolist() == [0, 0, 253, 255, 255, 3] and packed.gene_escapes.tolist() == [255, 256]
+    assert packed.counts.tolist() == [0, 254, 255, 255, 1, 0] and packed.count_escapes.tolist() == [256, 65_536]
+    assert packed.gene_escape_indptr.tolist() == packed.count_escape_indptr.tolist() == [0, 2, 2]
 
 
-@given(seed=st.integers(0, 1_000), data=st.data())
-@settings(max_examples=60, deadline=None)
-def test_damaged_bytes_are_noticed_or_stay_in_bounds(seed, data):
-    """Any byte changed or cut: either the sample is named, or the result is another valid one."""
-    indptr, gene_ids, counts = ragged(seed, 300, 2)
-    packed, offsets = pack("genes", indptr, gene_ids)
-    at = data.draw(st.integers(0, len(packed) - 1))
-    packed = packed.copy()
-    packed[at] ^= data.draw(st.integers(1, 255))
-    out = np.full(len(gene_ids), 7, np.uint16)
-    if packing.unpack_genes(packed, offsets, indptr, 300, out) == -1:
-        assert out.max() < 300 and not np.array_equal(out, gene_ids)
-    shorter = np.minimum(offsets, offsets[-1] - 1)
-    assert packing.unpack_genes(packed[:-1], shorter, indptr, 300, out) >= 0
+def test_a_sample_takes_fractions_only_where_it_needs_them():
+    packed = packing.pack(ragged_of([([1, 2], [3.0, 700.0]), ([1], [0.5]), ([4], [2.0**33])], np.float64))
+    assert np.diff(packed.fraction_indptr).tolist() == [0, 1, 1]
+    assert packing.unpack(packed, np.array([0])).counts.dtype == np.uint32
+    assert packing.unpack(packed, np.array([0, 1])).counts.tolist() == [3.0, 700.0, 0.5]
+    with pytest.raises(ValueError, match="not whole; take them as float64"):
+        packing.unpack_into(packed, np.array([1]), np.empty(9, np.uint16), np.empty(9, np.uint32))
 
 
-def test_gather_copies_rows_in_the_order_asked():
-    indptr, gene_ids, counts = ragged(3, 50, 5)
-    rows = np.array([6, 0, 2, 2])
-    lengths = np.diff(indptr)[rows]
-    out_indptr = np.zeros(5, np.int64)
-    out_genes, out_counts = np.empty(lengths.sum(), np.uint16), np.empty(lengths.sum(), np.uint32)
-    packing.gather_rows(indptr, gene_ids, counts, rows, out_indptr, out_genes, out_counts)
-    np.testing.assert_array_equal(np.diff(out_indptr), lengths)
-    expected = np.concatenate([np.arange(indptr[r], indptr[r + 1]) for r in rows])
-    np.testing.assert_array_equal(out_genes, gene_ids[expected])
-    np.testing.assert_array_equal(out_counts, counts[expected])
+def test_panels_of_one_gene_and_of_all():
+    whole = ragged_of([(list(range(N_GENES)), [7] * N_GENES), ([N_GENES - 1], [1])])
+    packed = packing.pack(whole)
+    assert packed.gene_escapes.tolist() == [N_GENES - 1] and not packed.count_escapes.size
+    packing.check(packed, N_GENES, "here")
+    assert_same(packing.unpack(packed), whole)
+    alone = packing.pack(ragged_of([([0], [300])]))
+    packing.check(alone, 1, "here")
+    with pytest.raises(ValueError, match="sample 0 are no counts over 0 genes"):
+        packing.check(alone, 0, "here")
+
+
+def test_buffers_are_written_from_their_beginning_and_never_beyond():
+    packed = packing.pack(ragged_of([([1, 5], [3, 4]), ([2], [9])]))
+    ids, counts = np.full(5, 99, np.uint16), np.full(5, 99, np.uint32)
+    assert packing.unpack_into(packed, np.array([1, 0]), ids, counts) == 3
+    assert ids.tolist() == [2, 1, 5, 99, 99] and counts.tolist() == [9, 3, 4, 99, 99]
+    with pytest.raises(ValueError, match="3 values do not fit buffers of 2"):
+        packing.unpack_into(packed, np.array([1, 0]), ids[:2], counts)
+
+
+def test_zeros_are_not_packed():
+    with pytest.raises(ValueError, match="sample 1 of the batch stores a count of zero"):
+        packing.pack(ragged_of([([1], [3]), ([1, 2], [1, 0])]))
+
+
+def damaged(**change):
+    packed = packing.pack(ragged_of([([1, 300], [3, 700]), ([2], [9])]))
+    return replace(packed, **change)
+
+
+FRACTION = {"counts": np.array([2, 255, 0], np.uint8), "fraction_indptr": np.array([0, 0, 1])}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"genes": np.array([1, 255, 255], np.uint8)}, "sample 1"),
+        ({"genes": np.array([1, 254, 2], np.uint8)}, "sample 0"),
+        ({"gene_escapes": np.array([254], np.uint16)}, "sample 0"),
+        ({"gene_escapes": np.array([65_000], np.uint16)}, "sample 0"),
+        ({"counts": np.array([255, 255, 8], np.uint8)}, "sample 0"),
+        ({"count_escapes": np.array([255], np.uint32)}, "sample 0"),
+        ({"count_escapes": np.array([], np.uint32)}, "count_escapes"),
+        ({"indptr": np.array([0, 3, 2])}, "genes"),
+        ({"indptr": np.array([1, 2, 3])}, "genes"),
+        ({"gene_escape_indptr": np.array([0, 1])}, "gene_escapes"),
+        ({"fractions": np.array([1.5]), "fraction_indptr": np.array([0, 0, 1])}, "sample 1"),
+        (FRACTION | {"fractions": np.array([np.inf])}, "sample 1"),
+        (FRACTION | {"fractions": np.array([-1.0])}, "sample 1"),
+    ],
+)  # fmt: skip
+def test_bytes_that_no_packing_gives_are_refused(change, message):
+    packing.check(damaged(), 1_000, "here")
+    packing.check(damaged(**FRACTION, fractions=np.array([0.5])), 1_000, "here")
+    with pytest.raises(ValueError, match=f"here: .*{message}.*damaged"):
+        packing.check(damaged(**change), 1_000, "here")

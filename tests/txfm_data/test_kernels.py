@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from txfm_data import kernels
+from txfm_data.masking import Masking
 from txfm_data.panels import make_panels
+from txfm_data.ragged import Ragged
 
 N_GENES = 300
 L = 1e5
@@ -36,30 +38,44 @@ def random_batch(seed: int, n: int = 40):
     )
 
 
-def run_mask(panels, panel_id, indptr, gene_ids, normalized, sample_id, *, k, seed=3, epoch=1):
+def run_mask(panels, panel_id, indptr, gene_ids, counts, library_size, sample_id, *, k, seed=3, epoch=1, **options):
+    """Shown genes, their values and numbers, and the normalised counts; drawn twice, since scratch must come back clean."""
     n = len(panel_id)
-    dense, identity = np.zeros(N_GENES, np.float32), np.arange(panels.largest, dtype=np.int32)
-    swaps, drawn = np.empty(k, np.int32), np.empty(k, np.int32)
-    out = np.full((n, k), 9, np.uint16), np.full((n, k), 9.0, np.float32), np.empty(n, np.int32)
-    kernels.mask_batch(
-        indptr, gene_ids, normalized, panel_id, sample_id, panels.indptr, panels.gene_ids, seed, epoch,
-        dense, identity, swaps, drawn, *out,
-    )  # fmt: skip
-    assert not dense.any() and np.array_equal(identity, np.arange(panels.largest))
-    return out
+    masking = Masking(panels, N_GENES, L, k, seed, **options)
+    samples = Ragged(indptr, gene_ids, counts)
+    results = []
+    for _ in range(2):
+        normalized = np.empty(len(counts), np.float32)
+        width = masking.width
+        out = np.full((n, width), 9, np.uint16), np.full((n, width), 9.0, np.float32), np.empty(n, np.int32)
+        masking(samples, panel_id, sample_id, library_size, epoch, normalized, *out)
+        results.append((*out, normalized))
+    for first, second in zip(*results, strict=True):
+        np.testing.assert_array_equal(first, second)
+    return results[0]
+
+
+def nothing(n):
+    """The CSR of n samples without counts, and their library sizes."""
+    return np.zeros(n + 1, np.int64), np.empty(0, np.uint16), np.empty(0, np.uint32), np.ones(n)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("k", [1, 32, 250])
-def test_batch_equals_plain_numpy(seed, k):
+@pytest.mark.parametrize("kind", ["large", "small", "some large", "float"])
+def test_batch_equals_plain_numpy(seed, k, kind):
     panels, panel_id, indptr, gene_ids, counts, library_size = random_batch(seed)
-    normalized = np.empty(len(counts), np.float32)
-    kernels.normalize(indptr, counts, library_size, L, normalized)
+    if kind != "large":  # tables of logarithms are used where most counts are small
+        rare = np.arange(len(counts)) % 17 == 0 if kind != "small" else np.zeros(len(counts), bool)
+        counts = np.where(rare, counts, counts % 15 + 1).astype(np.uint32)
+    if kind == "float":
+        counts = counts + np.where(np.arange(len(counts)) % 11 == 0, 0.25, 0.0)
+    shown, values, n_unmasked, normalized = run_mask(
+        panels, panel_id, indptr, gene_ids, counts, library_size, np.arange(len(panel_id)), k=k
+    )
     rows = np.repeat(np.arange(len(panel_id)), np.diff(indptr))
     expected = (counts * (L / library_size[rows])).astype(np.float32)
     np.testing.assert_array_equal(normalized, expected)
-
-    shown, values, n_unmasked = run_mask(panels, panel_id, indptr, gene_ids, normalized, np.arange(len(panel_id)), k=k)
     full = np.zeros((len(panel_id), N_GENES), np.float32)
     full[rows, gene_ids] = expected
     for b, panel in enumerate(panel_id):
@@ -68,6 +84,64 @@ def test_batch_equals_plain_numpy(seed, k):
         assert len(np.unique(shown[b, :n])) == n and np.isin(shown[b, :n], panels.genes(panel)).all()
         np.testing.assert_allclose(values[b, :n], np.log1p(full[b, shown[b, :n]].astype(np.float64)), rtol=1e-6)
         assert not shown[b, n:].any() and not values[b, n:].any()
+
+
+def test_masks_are_those_of_the_documented_shuffle():
+    """The partial Fisher-Yates of docs/format_shards.md in plain Python."""
+    size, k, draws = 50, 12, np.empty(12, np.uint64)
+    panels = make_panels([np.arange(100, 100 + size).astype(np.uint16)], [np.zeros(size)])
+    shown, *_ = run_mask(panels, np.zeros(2, np.int64), *nothing(2), np.array([7, 12_345]), k=k)
+    for row, sample_id in enumerate((7, 12_345)):
+        kernels.hash_range(3, 1, sample_id, draws)
+        positions = list(range(size))
+        for i, draw in enumerate(draws.tolist()):
+            other = i + ((draw >> 32) * (size - i) >> 32)
+            positions[i], positions[other] = positions[other], positions[i]
+        assert shown[row].tolist() == [100 + p for p in positions[:k]]
+
+
+def test_bad_masks_are_refused():
+    panels = make_panels([np.arange(4, dtype=np.uint16)], [np.zeros(4)])
+    with pytest.raises(ValueError, match="at least 1 gene, got 0"):
+        Masking(panels, 4, L, 0, 0)
+    with pytest.raises(ValueError, match=r"temperature 0\.5 needs n_nonzero of all 4 genes"):
+        Masking(panels, 4, L, 2, 0, 0.5, np.ones(3, np.int64))
+
+
+def test_a_temperature_favours_genes_that_are_seen_often():
+    panels = make_panels([np.arange(200, dtype=np.uint16)], [np.zeros(200)])
+    n_nonzero = np.repeat([1_000, 10], [100, N_GENES - 100])
+    share = {}
+    for temperature in (-1.0, 0.0, 1.0):
+        shown, *_ = run_mask(
+            panels,
+            np.zeros(50, np.int64),
+            *nothing(50),
+            np.arange(50),
+            k=40,
+            temperature=temperature,
+            n_nonzero=n_nonzero,
+        )
+        assert all(len(set(row)) == 40 for row in shown.tolist())
+        share[temperature] = (shown < 100).mean()
+    assert share[-1.0] < 0.1 and abs(share[0.0] - 0.5) < 0.05 and share[1.0] > 0.9
+
+
+def test_weights_decide_for_each_sample_of_each_epoch_alone():
+    """Realised shares, and that a decision depends on neither its neighbours nor another epoch's."""
+    ids, weight = np.arange(20_000), np.repeat([1.0, 0.5, 0.05, 1e-9], 5_000)
+    kept = {}
+    for epoch in (0, 1):
+        kept[epoch] = np.empty(20_000, bool)
+        kernels.keep_samples(4, epoch, ids, weight, kept[epoch])
+    shares = kept[0].reshape(4, -1).mean(axis=1)
+    assert shares[0] == 1 and shares[3] == 0
+    assert abs(shares[1] - 0.5) < 0.03 and abs(shares[2] - 0.05) < 0.015
+    both = (kept[0] & kept[1])[5_000:10_000].mean()
+    assert abs(both - 0.25) < 0.03
+    backwards = np.empty(20_000, bool)
+    kernels.keep_samples(4, 0, ids[::-1].copy(), weight[::-1].copy(), backwards)
+    np.testing.assert_array_equal(backwards[::-1], kept[0])
 
 
 def test_float_counts_are_normalised_too():
@@ -79,38 +153,27 @@ def test_float_counts_are_normalised_too():
 def test_preprocessing_reproduces_the_specified_numbers():
     """Spec A.1: counts (5, 0, 15, 80) with L = 1e5."""
     panels = make_panels([np.arange(4, dtype=np.uint16)], [np.zeros(4)])
-    normalized = np.empty(3, np.float32)
     indptr, genes = np.array([0, 3]), np.array([0, 2, 3], np.uint16)
-    kernels.normalize(indptr, np.array([5, 15, 80], np.uint32), np.array([100.0]), L, normalized)
-    shown, values, _ = run_mask(panels, np.array([0]), indptr, genes, normalized, np.array([0]), k=4)
+    counts = np.array([5, 15, 80], np.uint32)
+    shown, values, *_ = run_mask(panels, np.array([0]), indptr, genes, counts, np.array([100.0]), np.array([0]), k=4)
     expected = [8.517393171418904, 0, 9.61587214452889, 11.289794413577894]
     np.testing.assert_allclose(values[0][np.argsort(shown[0])], expected, rtol=1e-6)
 
 
-@given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10_000), k=st.integers(1, 199))
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    epoch=st.integers(0, 10_000),
+    k=st.integers(1, 199),
+    temperature=st.sampled_from([0.0, 0.5]),
+)
 @settings(max_examples=30, deadline=None)
-def test_a_mask_depends_on_seed_epoch_and_sample_alone(seed, epoch, k):
+def test_a_mask_depends_on_seed_epoch_and_sample_alone(seed, epoch, k, temperature):
     panels = make_panels([np.arange(200, dtype=np.uint16)], [np.zeros(200)])
     ids = np.array([5, 11, 2**40])
-    empty = np.zeros(4, np.int64), np.empty(0, np.uint16), np.empty(0, np.float32)
-    together, _, _ = run_mask(panels, np.zeros(3, np.int64), *empty, ids, k=k, seed=seed, epoch=epoch)
-    alone, _, _ = run_mask(
-        panels, np.zeros(1, np.int64), empty[0][:2], *empty[1:], ids[2:], k=k, seed=seed, epoch=epoch
-    )
+    options = {"k": k, "seed": seed, "epoch": epoch, "temperature": temperature, "n_nonzero": np.arange(N_GENES)}
+    together, *_ = run_mask(panels, np.zeros(3, np.int64), *nothing(3), ids, **options)
+    alone, *_ = run_mask(panels, np.zeros(1, np.int64), *nothing(1), ids[2:], **options)
     np.testing.assert_array_equal(together[2], alone[0])
-
-
-def test_draws_are_uniform_without_replacement():
-    """Each of 20 genes is drawn with probability 5/20, at each place alike (chi-square, 19 degrees of freedom, p > 1e-6)."""
-    n = 20_000
-    panels = make_panels([np.arange(20, dtype=np.uint16)], [np.zeros(20)])
-    empty = np.zeros(n + 1, np.int64), np.empty(0, np.uint16), np.empty(0, np.float32)
-    shown, _, _ = run_mask(panels, np.zeros(n, np.int64), *empty, np.arange(n), k=5)
-    for drawn in (shown.ravel(), shown[:, 0], shown[:, 4]):
-        counts = np.bincount(drawn, minlength=20)
-        assert ((counts - len(drawn) / 20) ** 2 / (len(drawn) / 20)).sum() < 66
-    other_epoch, _, _ = run_mask(panels, np.zeros(n, np.int64), *empty, np.arange(n), k=5, epoch=2)
-    assert (np.sort(other_epoch) != np.sort(shown)).any(axis=1).mean() > 0.9
 
 
 def test_hash_range_is_the_documented_stream():

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from txfm_model.config import LoopConfig, ModelConfig, OptimConfig, TrainConfig, config_from_dict, config_to_dict
+from txfm_model.config import (
+    LoopConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    config_from_dict,
+    config_to_dict,
+)
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("txfm_*.yaml"))
 NEEDED = {"shards": "a", "out": "b"}
@@ -30,6 +38,11 @@ def test_a_tree_comes_back_as_it_went():
         ({"optim": {"lr": 0.0}}, "optim.lr must be above 0"),
         ({"optim": {"lr": float("nan")}}, "optim.lr"),
         ({"mask": {"n_unmasked": 0}}, "mask.n_unmasked"),
+        ({"mask": {"temperature": float("nan")}}, "mask.temperature must be a number between -4 and 4, got nan"),
+        ({"mask": {"temperature": float("inf")}}, "mask.temperature"),
+        ({"mask": {"temperature": 4.5}}, "mask.temperature must be a number between -4 and 4, got 4.5"),
+        ({"mask": {"temperature": -5}}, "mask.temperature"),
+        ({"mask": {"temperature": "hot"}}, "mask.temperature"),
         ({"model": {"stochastic_depth": 1.0}}, "model.stochastic_depth"),
         ({"model": {"target_sum": float("inf")}}, "model.target_sum"),
         ({"model": {"width": "wide"}}, "model.width"),
@@ -47,6 +60,13 @@ def test_steps_and_epochs():
     assert LoopConfig(epochs=0.001).total_steps(100) == 1
     with pytest.raises(ValueError, match="loop.steps or loop.epochs"):
         LoopConfig().total_steps(100)
+
+
+def test_masks_are_uniform_unless_a_temperature_is_given():
+    assert MaskConfig().temperature == 0.0
+    for temperature in (-4, -1.0, -0.5, 0, 0.5, 1.0, 4):
+        tree = NEEDED | {"loop": {"steps": 1}, "mask": {"temperature": temperature}}
+        assert config_from_dict(TrainConfig, tree).mask.temperature == temperature
 
 
 def leaves(tree, prefix=()):

@@ -1,0 +1,1 @@
+"""What the shards and their stream cost, measured: `txfm bench`."""
