@@ -197,7 +197,7 @@ def _record_batch(data: bytes | memoryview, schema: BlockSchema, where: str) -> 
 @cache
 def _memory_pool() -> pa.MemoryPool:
     """Where blocks are decompressed to: of Arrow's allocators jemalloc keeps the least of what blocks have given back."""
-    return pa.jemalloc_memory_pool() if "jemalloc" in pa.supported_memory_backends() else pa.default_memory_pool()
+    return pa.default_memory_pool()
 
 
 def _check_metadata(found: dict[bytes, bytes], schema: BlockSchema) -> None:

@@ -174,13 +174,16 @@ def _first_bad(  # type: ignore[no-untyped-def]
     for b in range(indptr.shape[0] - 1):
         start = indptr[b]
         n = indptr[b + 1] - start
+        if n > n_genes:  # so the sums below fit their 32 bits
+            return b
         gaps, packed = genes[start : start + n], counts[start : start + n]
-        total, escaped_genes, escaped_counts, large = np.int64(n), 0, 0, 0
-        for i in range(n):
-            total += np.int64(gaps[i])
-            escaped_genes += gaps[i] == 255
-            escaped_counts += packed[i] == 255
-            large += packed[i] != 0
+        gap_sum, escaped_genes, escaped_counts, large = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
+        for i in range(n):  # in 32 bits, of which vectors hold twice as many as of 64
+            gap_sum = np.uint32(gap_sum + np.uint32(gaps[i]))
+            escaped_genes = np.uint32(escaped_genes + np.uint32(gaps[i] == 255))
+            escaped_counts = np.uint32(escaped_counts + np.uint32(packed[i] == 255))
+            large = np.uint32(large + np.uint32(packed[i] != 0))
+        total = np.int64(n) + np.int64(gap_sum)
         gaps_beyond = gene_escapes[gene_escape_indptr[b] : gene_escape_indptr[b + 1]]
         counts_beyond = count_escapes[count_escape_indptr[b] : count_escape_indptr[b + 1]]
         if gaps_beyond.shape[0] != escaped_genes or counts_beyond.shape[0] != escaped_counts:

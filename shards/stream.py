@@ -158,7 +158,9 @@ class MaskedStream:
     Samples and masks of global batch t of epoch e depend on (corpus, seed, e, t) alone, not on ranks, threads or restarts.
 
     global_batch : samples over all ranks; a multiple of the corpus' lanes.  n_unmasked : genes shown per sample.
-    temperature : of the draw of genes; 0 is uniform.  threads : fetch and decode blocks; one more draws the masks.
+    temperature : of the draw of genes; 0 is uniform.
+    threads : that fetch and decode blocks, besides the one that draws masks; by default none for a local corpus, whose
+    blocks that one reads as well, and four for a remote one.
     pin_memory : give tensors in page-locked memory, for a CUDA device.
 
     Attributes
@@ -181,12 +183,12 @@ class MaskedStream:
         rank: int = 0,
         world_size: int = 1,
         temperature: float = 0.0,
-        threads: int = 1,
+        threads: int | None = None,
         pin_memory: bool = False,
     ) -> None:
-        if n_unmasked < 1 or threads < 1:
+        if n_unmasked < 1 or (threads or 0) < 0:
             raise ValueError(
-                f"n_unmasked and threads must be at least 1, got {n_unmasked} gene(s) and {threads} thread(s)"
+                f"n_unmasked must be at least 1 and threads 0 or more, got {n_unmasked} gene(s) and {threads} thread(s)"
             )
         order.rank_lanes(corpus.lanes, rank, world_size)
         self.corpus, self.seed, self.global_batch = corpus, seed, global_batch
@@ -288,7 +290,7 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
     temperature: float = 0.0,
-    threads: int = 1,
+    threads: int | None = None,
     pin_memory: bool = False,
 ) -> Generator[MaskedBatch, None, None]:
     """Every sample of the val split exactly once over the ranks, in stored order, with masks that never change."""
@@ -326,7 +328,7 @@ class MaskedDataset(IterableDataset[MaskedBatch]):
         rank: int = 0,
         world_size: int = 1,
         temperature: float = 0.0,
-        threads: int = 1,
+        threads: int | None = None,
         cache: CacheConfig | None = None,
     ) -> None:
         self._address, self._cache = str(address), cache

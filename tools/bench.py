@@ -34,8 +34,8 @@ class LoaderOptions:
     """Genes shown of each sample."""
     rounds: int = 5
     """Rounds that count."""
-    threads: int = 1
-    """Threads that read and decode; one more draws the masks."""
+    threads: int | None = None
+    """Threads that read and decode, besides the one that draws masks. Default: none for a local corpus, four for a remote one."""
     annbatch_python: Path | None = None
     """Python in which annbatch can be imported, to measure it in the same rounds."""
     annbatch_collection: Path | None = None
@@ -48,7 +48,7 @@ class LoaderOptions:
     def __post_init__(self) -> None:
         if (self.annbatch_python is None) != (self.annbatch_collection is None):
             raise ValueError("give --annbatch-python and --annbatch-collection together, or neither")
-        for name in ("samples", "genes", "batch", "n_unmasked", "rounds", "threads"):
+        for name in ("samples", "genes", "batch", "n_unmasked", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.out is not None and not self.out.absolute().parent.is_dir():

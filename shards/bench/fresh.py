@@ -31,7 +31,7 @@ class Request:
     batch: int
     n_unmasked: int
     seed: int
-    threads: int = 1
+    threads: int | None = None
     interval_s: float = 0.03
     n_paced: int = 200
     n_batches: int | None = None

@@ -43,12 +43,12 @@ class LoaderConfig:
     batch: int = 512  # samples of a global batch
     n_unmasked: int = 2_048  # genes shown
     rounds: int = 5  # measured, after one that warms up
-    threads: int = 1  # that read and decode
+    threads: int | None = None  # that read and decode
     n_paced: int = 200  # batches that a steady consumer takes, one every 30 ms
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch", "n_unmasked", "rounds", "threads", "n_paced"):
+        for name in ("batch", "n_unmasked", "rounds", "n_paced"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 

@@ -82,7 +82,7 @@ def stored_ids(corpus: Corpus, split: str = "train") -> list[np.ndarray]:
 @settings(max_examples=30, deadline=None)
 @given(
     share=st.integers(1, 4), epoch=st.integers(0, 3), world_size=st.sampled_from([1, 2, 4]), start=st.integers(0, 12),
-    step=st.integers(1, 4), threads=st.sampled_from([1, 3]),
+    step=st.integers(1, 4), threads=st.sampled_from([None, 1, 3]),
 )  # fmt: skip
 def test_batches_are_those_of_the_plan(corpus, share, epoch, world_size, start, step, threads):
     ids = stored_ids(corpus)
@@ -131,7 +131,7 @@ def test_the_val_split_is_served_once_as_stored(corpus, world_size):
 
 
 @settings(max_examples=20, deadline=None)
-@given(batch_size=st.integers(1, 100), shuffle=st.booleans(), split=st.sampled_from(SPLITS), threads=st.integers(1, 3))
+@given(batch_size=st.integers(1, 100), shuffle=st.booleans(), split=st.sampled_from(SPLITS), threads=st.integers(0, 3))
 def test_ragged_batches_serve_every_sample_once_the_remainder_too(corpus, batch_size, shuffle, split, threads):
     stored = list(itertools.chain(*(block.tolist() for block in stored_ids(corpus, split))))
     batches = list(ragged_batches(corpus, split, batch_size=batch_size, shuffle=shuffle, threads=threads))
@@ -242,8 +242,8 @@ def test_settings_that_cannot_be_are_refused_at_the_call(corpus):
         train_batches(corpus, seed=0, epoch=0, global_batch=8, world_size=3)
     with pytest.raises(ValueError, match="too few for one global batch of 400; use at most 84"):
         train_batches(corpus, seed=0, epoch=0, global_batch=400)
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        ragged_batches(corpus, batch_size=8, threads=0)
+    with pytest.raises(ValueError, match="threads must be 0 or more, got -1"):
+        ragged_batches(corpus, batch_size=8, threads=-1)
     with pytest.raises(ValueError, match="batch_size must be at least 1 sample, got 0"):
         ragged_batches(corpus, batch_size=0)
     with pytest.raises(ValueError, match="rank 2 of 2 processes does not exist"):

@@ -92,8 +92,7 @@ def test_resumed_at_every_batch_on_any_number_of_ranks_the_rest_is_the_same(requ
     corpus = request.getfixturevalue(kind)
     whole = list(MaskedStream(corpus, **SETTINGS).epoch(1))
     ranks = [
-        MaskedStream(corpus, **SETTINGS, rank=r, world_size=world_size, threads=1 + 2 * (r % 2))
-        for r in range(world_size)
+        MaskedStream(corpus, **SETTINGS, rank=r, world_size=world_size, threads=3 * (r % 2)) for r in range(world_size)
     ]
     assert {stream.batches_in_epoch(1) for stream in ranks} == {len(whole)}
     for start in range(len(whole) + 1):
@@ -209,8 +208,8 @@ def test_bad_settings_are_refused_at_the_start(corpus):
         ({"global_batch": 400}, "84 samples in 4 lanes, too few for one global batch of 400; use at most 84"),
         ({"world_size": 3}, r"3 processes cannot share 4 lanes evenly; start one of \[1, 2, 4\]"),
         ({"rank": 1}, "rank 1 of 1 processes does not exist"),
-        ({"n_unmasked": 0}, "must be at least 1, got 0 gene"),
-        ({"threads": 0}, r"and 0 thread\(s\)"),
+        ({"n_unmasked": 0}, "must be at least 1 and threads 0 or more, got 0 gene"),
+        ({"threads": -1}, r"and -1 thread\(s\)"),
     ):
         with pytest.raises(ValueError, match=message):
             MaskedStream(corpus, **(SETTINGS | wrong))
