@@ -5,7 +5,10 @@ Memory does not grow with the corpus: ids of samples are sorted in a temporary f
 """
 
 import hashlib
+import io
+import tarfile
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +16,12 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from webdataset.tariterators import tar_file_iterator
 
-from shards.blocks import open_member
+from shards.blocks import member_name, open_member
 from shards.codec import Block
 from shards.describe import samples_by_dataset
-from shards.manifest import SPLITS, Corpus, ShardEntry
+from shards.manifest import SPLITS, BlockEntry, Corpus, ShardEntry
 from txfm_data.progress import Progress, ignore
 
 _BYTES_PER_NONZERO = 6  # as they come to training: a uint16 gene id and a uint32 count
@@ -77,7 +81,9 @@ def _walk(corpus: Corpus, shard: ShardEntry) -> Iterator[tuple[Block, str]]:
         member = files.read(name, entry.offset, entry.padded)
         digest.update(member)
         where = f"{files.where(name)}: block at byte {entry.offset}"
-        yield open_member(member, position, entry, where, corpus.schema), where
+        block = open_member(member, position, entry, where, corpus.schema)
+        _check_webdataset(member, position, entry, where)
+        yield block, where
         end = entry.offset + entry.padded
     tail = files.read(name, end, shard.bytes - end)
     if any(tail):
@@ -91,6 +97,16 @@ def _walk(corpus: Corpus, shard: ShardEntry) -> Iterator[tuple[Block, str]]:
             f"{files.where(name)}: sha256 is {digest.hexdigest()}, the manifest says {shard.sha256}; copy the shard again or "
             f"{_REMEDY}"
         )
+
+
+def _check_webdataset(member: bytes, position: int, entry: BlockEntry, where: str) -> None:
+    """Refuse a member that WebDataset, by which others read the shards, takes for something else than we do."""
+    try:
+        found = [(sample["fname"], zlib.crc32(sample["data"])) for sample in tar_file_iterator(io.BytesIO(member))]
+    except tarfile.TarError as error:
+        raise ValueError(f"{where}: WebDataset cannot read it ({error}); {_REMEDY}") from error
+    if found != [(member_name(position), entry.crc32)]:
+        raise ValueError(f"{where}: WebDataset reads {[name for name, _ in found]} there, not the block; {_REMEDY}")
 
 
 class _Checks:
