@@ -264,15 +264,19 @@ def big_corpus(folder: Path, template: Path, n_shards: int, n_blocks: int) -> No
     (folder / mf.MANIFEST).write_text(made.to_json())
 
 
-def test_a_thousand_shards_open_well_within_a_second(corpus: Path, tmp_path: Path) -> None:
+def test_opening_a_thousand_shards_takes_a_few_times_what_json_does(corpus: Path, tmp_path: Path) -> None:
     big_corpus(tmp_path, corpus, 1_000, 128)
-    times = []
-    for _ in range(2):
+    text = (tmp_path / mf.MANIFEST).read_text()
+    times, plain = [], []
+    for _ in range(3):
+        start = time.process_time()
+        json.loads(text)
+        plain.append(time.process_time() - start)
         start = time.process_time()
         opened = Corpus(tmp_path)
         times.append(time.process_time() - start)
     assert len(opened.blocks("train")) == 128_000 == len(opened.layout.block_samples)
-    assert min(times) < 1.0, times
+    assert min(times) < 40 * min(plain), (times, plain)  # 10 times on the machine where this was written
 
 
 def test_missing_cut_and_additional_files_are_named(tmp_path: Path, corpus: Path) -> None:

@@ -260,12 +260,14 @@ def test_waiting_is_counted(corpus):
     assert 0 < stream.wait_s < 60
 
 
-def test_the_first_batch_of_a_thousand_shards_is_there_quickly(tmp_path):
+def test_the_first_batch_of_a_thousand_shards_reads_few_of_them(tmp_path, monkeypatch):
     plan = Plan(datasets=1, batches=2, batch_rows=2000, block_rows=2, blocks_per_shard=1, lanes=4)
-    folder = make_corpus(tmp_path / "many", plan)
-    next(MaskedStream(Corpus(folder), **SETTINGS).epoch(0))  # kernels are compiled
-    since = time.perf_counter()
-    corpus = Corpus(folder)
-    next(MaskedStream(corpus, **SETTINGS).epoch(3))
-    assert time.perf_counter() - since < 2
+    corpus = Corpus(make_corpus(tmp_path / "many", plan))
     assert len(corpus.shards("train")) == 1000
+    read, plainly = [], type(corpus.files).read
+    monkeypatch.setattr(type(corpus.files), "read", lambda files, *place: read.append(place) or plainly(files, *place))
+    batches = MaskedStream(corpus, **SETTINGS).epoch(3)
+    next(batches)
+    batches.close()
+    # A few batches are drawn ahead, each of two samples a lane; a lane mixes two blocks of two samples
+    assert 4 <= len(read) <= 4 * 3 * 5
