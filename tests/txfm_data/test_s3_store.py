@@ -168,11 +168,11 @@ def writes(monkeypatch: pytest.MonkeyPatch, act: Callable[[str, int], None]) -> 
     """Call `act` with address and number of each array that is opened for writing, before it is."""
     plain, count = layout.open_element, [0]
 
-    def opening(uri: str, mode: Any = "r") -> Any:
+    def opening(uri: str, mode: Any = "r", **options: Any) -> Any:
         if mode == "w":
             count[0] += 1
             act(uri, count[0])
-        return plain(uri, mode)
+        return plain(uri, mode, **options)
 
     monkeypatch.setattr(layout, "open_element", opening)
 
@@ -247,10 +247,10 @@ import os, signal, sys
 from txfm_data import ingest
 from txfm_data.store import layout, ledger, objects
 plain, (file, uri, step) = layout.open_element, sys.argv[1:]
-def opening(element, mode="r"):
+def opening(element, mode="r", **options):
     if mode == "w" and element.endswith(step):
         os.kill(os.getpid(), signal.SIGKILL)
-    return plain(element, mode)
+    return plain(element, mode, **options)
 def listing(address, n_datasets, write=objects.write_list):
     if n_datasets == 3:
         os.kill(os.getpid(), signal.SIGKILL)
