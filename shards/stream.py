@@ -7,11 +7,8 @@ draw masks while the model computes; kernels release the GIL.
 
 import contextlib
 import os
-import queue
-import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shards import order, reader
+from shards.ahead import ahead
 from shards.buffers import BufferPool, Buffers
 from shards.files import CacheConfig
 from shards.manifest import MANIFEST, Corpus
@@ -29,7 +27,6 @@ from txfm_data.masking import Masking
 VALIDATION_EPOCH = 2**40
 """Masks of the val split are drawn as in this epoch, which no training reaches: they never change."""
 STATE_VERSION = 1
-_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,7 @@ class MaskedBatch:
     target_indptr : (B + 1,) int64.  target_gene_ids : (nnz,) uint16, int64 after `to`.
     target_counts : (nnz,) float32. L c / library size where the count is not zero; all lie in the sample's panel.
     sample_id : (B,) int64, row of the store.  library_size : (B,) float64, counts.
+    raw_counts : (nnz,) float32 where they were asked for: the counts themselves, exact to 2^24.
     is_padded : whether any sample has padding.
     epoch, number : which global batch this is a part of; both from 0.
 
@@ -61,6 +59,7 @@ class MaskedBatch:
     is_padded: bool
     epoch: int = 0
     number: int = 0
+    raw_counts: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -75,6 +74,33 @@ class MaskedBatch:
             return moved.long() if moved.dtype == torch.uint16 else moved
 
         return self._map(move)
+
+    def split(self, parts: int) -> list["MaskedBatch"]:
+        """Cut into `parts` batches of as many samples each, in order; they share the memory of this one.
+
+        Raises
+        ------
+        ValueError
+            If the samples cannot be dealt out evenly.
+        """
+        n, left = divmod(len(self), parts)
+        if left:
+            raise ValueError(f"a batch of {len(self)} samples cannot be cut into {parts} equal parts")
+        return [self] if parts == 1 else [self._rows(start, start + n) for start in range(0, len(self), n)]
+
+    def _rows(self, start: int, stop: int) -> "MaskedBatch":
+        low, high = int(self.target_indptr[start]), int(self.target_indptr[stop])
+        of_samples = ("gene_ids", "values", "n_unmasked", "panel_id", "sample_id", "library_size")
+        rows = {name: getattr(self, name)[start:stop] for name in of_samples}
+        return replace(
+            self,
+            **rows,
+            target_indptr=self.target_indptr[start : stop + 1] - low,
+            target_gene_ids=self.target_gene_ids[low:high],
+            target_counts=self.target_counts[low:high],
+            raw_counts=None if self.raw_counts is None else self.raw_counts[low:high],
+            is_padded=bool((rows["n_unmasked"] < self.gene_ids.shape[1]).any()),
+        )
 
     def pin_memory(self) -> "MaskedBatch":
         """Copy to page-locked memory; what a DataLoader with ``pin_memory=True`` calls."""
@@ -110,16 +136,29 @@ def _tensor(array: np.ndarray, is_pinned: bool) -> torch.Tensor:
     return array.base if isinstance(array.base, torch.Tensor) else torch.from_numpy(array).pin_memory()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _MaskSettings:
+    """What is shown and given of each sample, beside the order of samples."""
+
+    seed: int
+    n_unmasked: int
+    temperature: float
+    scale_library: bool
+    raw_counts: bool
+    pin_memory: bool
+
+
 class _Masker:
     """Draws the masks of batches, for one thread."""
 
-    def __init__(self, corpus: Corpus, n_unmasked: int, seed: int, temperature: float, pin_memory: bool) -> None:
+    def __init__(self, corpus: Corpus, settings: _MaskSettings) -> None:
+        n_unmasked, seed, temperature = settings.n_unmasked, settings.seed, settings.temperature
         n_nonzero = corpus.statistics.n_nonzero
         self._draw = Masking(
             corpus.panels, len(corpus.vocabulary), corpus.target_sum, n_unmasked, seed, temperature, n_nonzero
         )
-        self.buffers: Buffers = _PinnedBuffers() if pin_memory else BufferPool()
-        self._is_pinned = pin_memory
+        self.buffers: Buffers = _PinnedBuffers() if settings.pin_memory else BufferPool()
+        self._settings, self._target_sum = settings, corpus.target_sum
 
     def all(self, batches: Generator[RaggedBatch, None, None], epoch: int) -> Generator[MaskedBatch, None, None]:
         with contextlib.closing(batches):  # the threads of the reader end when this does
@@ -130,12 +169,14 @@ class _Masker:
         n, width, take = len(batch), self._draw.width, self.buffers.take
         samples = batch.samples
         normalized = take(samples.nnz, np.float32)
+        # A library of L counts is scaled to L: counts stay what they are.
+        scaled_from = batch.library_size if self._settings.scale_library else np.full(n, self._target_sum)
         gene_ids, values, n_unmasked = take((n, width), np.uint16), take((n, width), np.float32), take(n, np.int32)
         self._draw(
             samples,
             batch.panel_id,
             batch.sample_id,
-            batch.library_size,
+            scaled_from,
             epoch,
             normalized,
             gene_ids,
@@ -147,7 +188,11 @@ class _Masker:
             "target_indptr": samples.indptr, "target_gene_ids": samples.gene_ids, "target_counts": normalized,
             "sample_id": batch.sample_id, "library_size": batch.library_size,
         }  # fmt: skip
-        tensors: dict[str, Any] = {name: _tensor(array, self._is_pinned) for name, array in arrays.items()}
+        if self._settings.raw_counts:
+            arrays["raw_counts"] = take(samples.nnz, np.float32)
+            arrays["raw_counts"][:] = samples.counts
+        is_pinned = self._settings.pin_memory
+        tensors: dict[str, Any] = {name: _tensor(array, is_pinned) for name, array in arrays.items()}
         is_padded = bool(n and n_unmasked.min() < width)
         return MaskedBatch(**tensors, is_padded=is_padded, epoch=epoch, number=batch.number)
 
@@ -159,6 +204,8 @@ class MaskedStream:
 
     global_batch : samples over all ranks; a multiple of the corpus' lanes.  n_unmasked : genes shown per sample.
     temperature : of the draw of genes; 0 is uniform.
+    scale_library : scale counts to the target sum; else values are ln(1 + count) and target counts the counts themselves.
+    raw_counts : give the counts too, for losses that need them.
     threads : that fetch and decode blocks, besides the one that draws masks; by default none for a local corpus, whose
     blocks that one reads as well, and four for a remote one.
     pin_memory : give tensors in page-locked memory, for a CUDA device.
@@ -183,6 +230,8 @@ class MaskedStream:
         rank: int = 0,
         world_size: int = 1,
         temperature: float = 0.0,
+        scale_library: bool = True,
+        raw_counts: bool = False,
         threads: int | None = None,
         pin_memory: bool = False,
     ) -> None:
@@ -194,8 +243,11 @@ class MaskedStream:
         self.corpus, self.seed, self.global_batch = corpus, seed, global_batch
         self.wait_s = 0.0
         self._rank, self._world_size = rank, world_size
-        self._n_unmasked, self._temperature = n_unmasked, temperature
-        self._threads, self._pin_memory = threads, pin_memory
+        self._mask = _MaskSettings(
+            seed=seed, n_unmasked=n_unmasked, temperature=temperature, scale_library=scale_library, raw_counts=raw_counts,
+            pin_memory=pin_memory,
+        )  # fmt: skip
+        self._threads = threads
         self._layouts: dict[int, order.Layout] = {}
         self.batches_in_epoch(0)
 
@@ -239,7 +291,7 @@ class MaskedStream:
         layout = self._layout(epoch)
 
         def produce() -> Generator[MaskedBatch, None, None]:
-            mask = _Masker(self.corpus, self._n_unmasked, self.seed, self._temperature, self._pin_memory)
+            mask = _Masker(self.corpus, self._mask)
             batches = reader.train_batches(
                 self.corpus, seed=self.seed, epoch=epoch, global_batch=self.global_batch, rank=self._rank,
                 world_size=self._world_size, start_batch=start_batch, step=step, threads=self._threads,
@@ -247,7 +299,7 @@ class MaskedStream:
             )  # fmt: skip
             return mask.all(batches, epoch)
 
-        return _ahead(produce, self._count_wait)
+        return ahead(produce, self._count_wait)
 
     def _count_wait(self, seconds: float) -> None:
         self.wait_s += seconds
@@ -290,19 +342,25 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
     temperature: float = 0.0,
+    scale_library: bool = True,
+    raw_counts: bool = False,
     threads: int | None = None,
     pin_memory: bool = False,
 ) -> Generator[MaskedBatch, None, None]:
     """Every sample of the val split exactly once over the ranks, in stored order, with masks that never change."""
+    settings = _MaskSettings(
+        seed=seed, n_unmasked=n_unmasked, temperature=temperature, scale_library=scale_library, raw_counts=raw_counts,
+        pin_memory=pin_memory,
+    )  # fmt: skip
 
     def produce() -> Generator[MaskedBatch, None, None]:
-        mask = _Masker(corpus, n_unmasked, seed, temperature, pin_memory)
+        mask = _Masker(corpus, settings)
         batches = reader.val_batches(
             corpus, batch_size=batch_size, rank=rank, world_size=world_size, threads=threads, buffers=mask.buffers
         )
         return mask.all(batches, VALIDATION_EPOCH)
 
-    return _ahead(produce, lambda _: None)
+    return ahead(produce, lambda _: None)
 
 
 class MaskedDataset(IterableDataset[MaskedBatch]):
@@ -436,44 +494,3 @@ class MaskedDataset(IterableDataset[MaskedBatch]):
             self._set(epoch, batch)
         else:
             self._loaded = epoch, batch if "worker" in state else batch + worker.id
-
-
-def _ahead(
-    produce: Callable[[], Generator[MaskedBatch, None, None]], waited: Callable[[float], None]
-) -> Generator[MaskedBatch, None, None]:
-    """Run `produce` in a thread, a few batches ahead; its exception is raised here; stops when the consumer does."""
-    ready: queue.Queue[MaskedBatch | BaseException | None] = queue.Queue(_AHEAD)
-    stop = threading.Event()
-
-    def work() -> None:
-        end: BaseException | None = None
-        try:
-            with contextlib.closing(produce()) as batches:
-                for batch in batches:
-                    ready.put(batch)
-                    del batch  # else its memory is taken until the next one is there
-                    if stop.is_set():
-                        return
-        except BaseException as error:  # noqa: BLE001  handed to the consumer, who raises it
-            end = error
-        ready.put(end)
-
-    thread = threading.Thread(target=work, name="txfm-stream", daemon=True)
-    thread.start()
-    try:
-        while True:
-            since = time.perf_counter()
-            item = ready.get()
-            waited(time.perf_counter() - since)
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            del item
-    finally:
-        stop.set()
-        while thread.is_alive():  # it may wait for room to put what nobody takes any more
-            with contextlib.suppress(queue.Empty):
-                ready.get(timeout=0.02)
-        thread.join()

@@ -1,7 +1,7 @@
 """The configuration of a model and its training: the one home of every hyper-parameter and its default."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from txfm_data.config_tree import from_tree as config_from_dict
@@ -9,6 +9,7 @@ from txfm_data.config_tree import to_tree as config_to_dict
 
 __all__ = [
     "LoopConfig",
+    "LossConfig",
     "MaskConfig",
     "ModelConfig",
     "OptimConfig",
@@ -16,6 +17,15 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
 ]
+
+
+CHOICES = {
+    "preprocessing": ("library_log1p", "log1p"),
+    "activation": ("rect_tanh", "relu", "clamped_relu", "softmax"),
+    "count_head": ("none", "nb", "zinb"),
+    "kind": ("poisson", "mse", "smooth_l1", "nb", "zinb"),
+    "reduction": ("mean", "sum"),
+}
 
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
@@ -53,8 +63,36 @@ class ModelConfig:
     """Start of the gene head: at the corpus mean of each gene (needed in short runs), or with a zero bias."""
     target_sum: float = 1e5
     """Library size that counts are scaled to before log1p, in counts."""
+    preprocessing: Literal["library_log1p", "log1p"] = "library_log1p"
+    """Value of a gene: ln(1 + target_sum x count / library size), or ln(1 + count) without scaling."""
+    activation: Literal["rect_tanh", "relu", "clamped_relu", "softmax"] = "rect_tanh"
+    """From logit to predicted log1p value. relu has no upper bound and may diverge."""
+    tanh_scale: float | None = None
+    """rect_tanh: what a logit is divided by before tanh. null is 4e; ln(1 + target_sum) gives slope 1 at 0."""
+    count_head: Literal["none", "nb", "zinb"] = "none"
+    """Parameters of count losses: a dispersion per gene (nb), and zero-inflation logits (zinb). loss.kind sets it."""
 
     def __post_init__(self) -> None:
+        for name, value in (
+            ("preprocessing", self.preprocessing),
+            ("activation", self.activation),
+            ("count_head", self.count_head),
+        ):
+            allowed = CHOICES[name]
+            _require(value in allowed, f"model.{name}", f"one of {', '.join(allowed)}", value)
+        if self.tanh_scale is not None:
+            _require(
+                _is_number(self.tanh_scale) and self.tanh_scale > 0,
+                "model.tanh_scale",
+                "null or above 0",
+                self.tanh_scale,
+            )
+            _require(
+                self.activation == "rect_tanh",
+                "model.tanh_scale",
+                f"null with activation {self.activation}",
+                self.tanh_scale,
+            )
         _require(self.width >= 2, "model.width", "at least 2", self.width)
         _require(self.blocks >= 1, "model.blocks", "at least 1", self.blocks)
         _require(
@@ -117,6 +155,30 @@ class MaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised, over the measured genes of each sample."""
+
+    kind: Literal["poisson", "mse", "smooth_l1", "nb", "zinb"] = "poisson"
+    """poisson, mse and smooth_l1 compare log1p values; nb and zinb are likelihoods of the raw counts."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Over the measured genes of a sample; samples are always averaged."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("kind", self.kind), ("reduction", self.reduction)):
+            _require(value in CHOICES[name], f"loss.{name}", f"one of {', '.join(CHOICES[name])}", value)
+
+    @property
+    def count_head(self) -> Literal["none", "nb", "zinb"]:
+        """Parameters that the loss needs of the model, as `ModelConfig.count_head`."""
+        return self.kind if self.kind in ("nb", "zinb") else "none"
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether the loss is computed from raw counts."""
+        return self.count_head != "none"
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW and its one-cycle cosine schedule; momentum is not cycled."""
 
@@ -136,6 +198,8 @@ class OptimConfig:
     """The last learning rate is the first one / final_div_factor."""
     weight_decay: float | None = None
     """Weight decay of matrices and codebook; null takes 1 / (lr x steps)."""
+    clip_norm: float | None = None
+    """Gradients are scaled down to this norm, over all parameters; null does not clip."""
 
     def __post_init__(self) -> None:
         _require(_is_number(self.lr) and self.lr > 0, "optim.lr", "above 0", self.lr)
@@ -162,6 +226,10 @@ class OptimConfig:
                 "null, or 0 or more",
                 self.weight_decay,
             )
+        if self.clip_norm is not None:
+            _require(
+                _is_number(self.clip_norm) and self.clip_norm > 0, "optim.clip_norm", "null or above 0", self.clip_norm
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +242,8 @@ class LoopConfig:
     """Passes over the train split; give this or steps. The last incomplete batch of a pass is dropped."""
     global_batch: int = 64
     """Samples of one step over all processes; the lanes of the shards must divide it."""
+    accumulation: int = 1
+    """Parts in which each process computes its share of a step, one after the other: less memory, same result."""
     seed: int = 0
     """Seed of the start, of the order of samples, of the masks and of stochastic depth."""
     precision: Literal["auto", "bf16", "no"] = "auto"
@@ -186,6 +256,14 @@ class LoopConfig:
     """Processes that the launcher was asked for; fewer give a warning."""
     cpu_threads: int | None = None
     """PyTorch threads in each process; null leaves the default, or shares the cores among CPU processes."""
+    checkpoint_every: int | None = 1000
+    """Steps between checkpoints to resume from; null writes them only when the run is told to stop."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; the oldest is removed after a newer one was written and read back."""
+    activation_checkpointing: bool = False
+    """Compute each block again in the backward pass in place of keeping its states: less memory, about a third more work."""
+    compile: bool = False
+    """Compile the model with torch.compile; the first step takes minutes."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -201,12 +279,15 @@ class LoopConfig:
             self.epochs,
         )
         _require(self.global_batch >= 1, "loop.global_batch", "at least 1 sample", self.global_batch)
+        _require(self.accumulation >= 1, "loop.accumulation", "at least 1 part", self.accumulation)
+        _require(self.keep_checkpoints >= 1, "loop.keep_checkpoints", "at least 1", self.keep_checkpoints)
         _require(0 <= self.seed < 2**32, "loop.seed", "in [0, 2^32)", self.seed)
         _require(self.precision in ("auto", "bf16", "no"), "loop.precision", "auto, bf16 or no", self.precision)
         _require(self.validate_every >= 1, "loop.validate_every", "at least 1 step", self.validate_every)
         _require(self.log_every >= 1, "loop.log_every", "at least 1 step", self.log_every)
         for name, value in (
             ("num_processes_expected", self.num_processes_expected),
+            ("checkpoint_every", self.checkpoint_every),
             ("cpu_threads", self.cpu_threads),
         ):
             _require(value is None or value >= 1, f"loop.{name}", "null or at least 1", value)
@@ -227,13 +308,31 @@ class TrainConfig:
     shards: str
     """Shard corpus to train on: a folder written by `txfm shard`."""
     out: str
-    """Folder of the run: metrics and, at the end, the checkpoint."""
+    """Folder of the run: metrics, checkpoints to resume from and, at the end, the checkpoint."""
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    init: str | None = None
+    """Checkpoint to start from in place of random weights: shared genes keep their rows, new genes get fresh ones."""
+    resume: str | None = None
+    """auto goes on from the newest sound checkpoint in `out`, or starts if there is none; or the folder of one."""
+    dry_run: bool = False
+    """Print steps, tokens, work, memory and estimated hours; train nothing and write nothing."""
 
     def __post_init__(self) -> None:
+        needed = self.loss.count_head
+        if self.model.count_head not in ("none", needed):
+            raise ValueError(
+                f"model.count_head is {self.model.count_head}, loss.kind {self.loss.kind} needs {needed}; "
+                f"leave model.count_head out"
+            )
+        object.__setattr__(self, "model", replace(self.model, count_head=needed))
+        if self.init is not None and self.resume not in (None, "auto"):
+            raise ValueError(
+                f"init {self.init} and resume {self.resume} are both given; a resumed run has its weights already"
+            )
         _require(bool(self.shards), "shards", "the path of a shard corpus", self.shards)
         _require(bool(self.out), "out", "the path of a folder", self.out)
         if self.loop.steps is None and self.loop.epochs is None:
