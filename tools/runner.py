@@ -1,6 +1,7 @@
 """Runs one verb: options in, progress on stderr, result on stdout, and an exit code that can be trusted.
 
-Exit codes: 0 all was done, 1 refused or failed (one line says why), 2 wrong use, 130 Ctrl-C, 143 terminated.
+Exit codes: 0 all was done, 1 refused or failed (one line says why), 2 wrong use, 130 Ctrl-C, 143 terminated; 75 a training run
+was told to stop and has left a checkpoint to go on from.
 """
 
 import contextlib
@@ -41,6 +42,7 @@ def run_verb(
     summary: Callable[[dict[str, Any]], str],
     argv: Sequence[str] | None = None,
     positionals: Sequence[str] = (),
+    exit_codes: Mapping[type[Exception], int] | None = None,
 ) -> int:
     """Parse the command line of one verb, run it, print its result and return the exit code.
 
@@ -58,6 +60,8 @@ def run_verb(
         Arguments after the verb; those of the process if None.
     positionals
         Fields that are given by position instead of by flag, in order.
+    exit_codes
+        Exceptions of `run` that have an exit code of their own; any other is 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -85,6 +89,9 @@ def run_verb(
     except BrokenPipeError:  # the reader of stdout or stderr left (`txfm info X | head -1`)
         sys.stdout = open(os.devnull, "w")
         return 1
+    except tuple(exit_codes or ()) as err:
+        _print_error(f"txfm {name}: {_message(err)}")
+        return next(code for kind, code in (exit_codes or {}).items() if isinstance(err, kind))
     except (ValueError, TypeError, OSError) as err:
         if os.environ.get(TRACEBACK_VARIABLE):
             _print_error(traceback.format_exc().rstrip())

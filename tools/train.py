@@ -44,8 +44,9 @@ def summary(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train TxFM on a shard corpus."""
     from txfm_model.config import TrainConfig  # brings torch
+    from txfm_model.preemption import EXIT_PREEMPTED, Preempted
 
-    return run_verb("train", TrainConfig, run, summary, argv)
+    return run_verb("train", TrainConfig, run, summary, argv, exit_codes={Preempted: EXIT_PREEMPTED})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Shape suffixes of tensor names in this package::
 from txfm_model.checkpoint import checkpoint_info, load_checkpoint, save_checkpoint, verify_checkpoint
 from txfm_model.config import (
     LoopConfig,
+    LossConfig,
     MaskConfig,
     ModelConfig,
     OptimConfig,
@@ -20,18 +21,24 @@ from txfm_model.config import (
 )
 from txfm_model.embed import embed_samples
 from txfm_model.genes import export_genes
-from txfm_model.losses import LossParts, poisson_loss
+from txfm_model.losses import Loss, LossParts, poisson_loss
 from txfm_model.model import TxFM
+from txfm_model.prediction import Prediction
+from txfm_model.stochastic_depth import branch_scales, stochastic_depth_rates
 from txfm_model.trainer import train
 
 __all__ = [
     "LoopConfig",
+    "Loss",
+    "LossConfig",
     "LossParts",
     "MaskConfig",
     "ModelConfig",
     "OptimConfig",
+    "Prediction",
     "TrainConfig",
     "TxFM",
+    "branch_scales",
     "checkpoint_info",
     "config_from_dict",
     "config_to_dict",
@@ -40,6 +47,7 @@ __all__ = [
     "load_checkpoint",
     "poisson_loss",
     "save_checkpoint",
+    "stochastic_depth_rates",
     "train",
     "verify_checkpoint",
 ]

@@ -1,12 +1,13 @@
-"""From the CLS state to a predicted log1p value of every gene: residual MLP, gene head, activation."""
+"""From the CLS state to what is predicted of every gene: residual MLP, gene head, activation."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from txfm_model.activations import rectified_tanh
+from txfm_model.activations import Activation
 from txfm_model.config import ModelConfig
 from txfm_model.encoder import LAYER_NORM_EPS
+from txfm_model.prediction import Prediction
 
 
 class ResidualMLP(nn.Module):
@@ -31,24 +32,35 @@ class Decoder(nn.Module):
         self.bridge = nn.Linear(config.width, config.width) if config.tokens == "concat" else None
         self.blocks = nn.ModuleList(ResidualMLP(config.width) for _ in range(config.decoder_blocks))
 
-    def forward(self, cls_BD: Tensor) -> Tensor:
-        """State that the gene head reads, (B, D)."""
+    def forward(self, cls_BD: Tensor, n_blocks: int | None = None) -> Tensor:
+        """State that the gene head reads, (B, D); or the state after the first `n_blocks` blocks."""
         x_BD = cls_BD if self.bridge is None else self.bridge(cls_BD)
-        for block in self.blocks:
+        for block in self.blocks[:n_blocks]:
             x_BD = block(x_BD)
         return x_BD
 
 
 class GeneHead(nn.Module):
-    """Linear layer with a row for each gene, then the rectified tanh."""
+    """Linear layer with a row for each gene, then the activation; beside it the parameters of models of counts.
+
+    With `count_head="nb"` or `"zinb"`, `log_dispersion` is ln θ of each gene. With `"zinb"`, `zero_inflation` is a linear
+    layer from CLS, as the encoder leaves it, to the logit of each gene's chance of an extra 0.
+    """
 
     def __init__(self, n_genes: int, config: ModelConfig) -> None:
         super().__init__()
-        self.start = config.head_init
-        self.target_sum = config.target_sum
+        self.config = config
+        self.activation = Activation.of(config)
         self.weight = nn.Parameter(torch.empty(n_genes, config.width))
         self.bias = nn.Parameter(torch.empty(n_genes))
+        self.log_dispersion = nn.Parameter(torch.empty(n_genes)) if config.count_head != "none" else None
+        self.zero_inflation = nn.Linear(config.width, n_genes) if config.count_head == "zinb" else None
 
-    def forward(self, x_BD: Tensor) -> Tensor:
-        """Predicted log1p value of every gene, (B, G)."""
-        return rectified_tanh(F.linear(x_BD, self.weight, self.bias), self.target_sum)
+    def forward(self, x_BD: Tensor, cls_BD: Tensor, measured_BG: Tensor | None = None) -> Prediction:
+        """What is predicted from the decoder's state `x_BD` and the encoder's `cls_BD`."""
+        return Prediction(
+            log1p_BG=self.activation(F.linear(x_BD, self.weight, self.bias), measured_BG),
+            # A copy: sharded training takes a parameter's memory back when this returns, before the loss is computed.
+            log_dispersion_G=None if self.log_dispersion is None else self.log_dispersion.clone(),
+            zero_logits_BG=None if self.zero_inflation is None else self.zero_inflation(cls_BD),
+        )

@@ -3,21 +3,12 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from txfm_model.config import ModelConfig
+from txfm_model.stochastic_depth import stochastic_depth_rates
 
 LAYER_NORM_EPS = 1e-6
-
-
-def stochastic_depth_rates(blocks: int, last: float) -> list[float]:
-    """Drop rate of each block, rising linearly from 0 at the first to `last` at the last."""
-    return [last * block / max(blocks - 1, 1) for block in range(blocks)]
-
-
-def drop_branch(branch_BTD: Tensor, rate: float) -> Tensor:
-    """Zero a branch for a random share `rate` of the samples and scale the others by 1 / (1 - rate)."""
-    keep_B11 = torch.rand(len(branch_BTD), 1, 1, device=branch_BTD.device) >= rate
-    return branch_BTD * (keep_B11 / (1 - rate))
 
 
 class Attention(nn.Module):
@@ -57,12 +48,11 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale and per-sample stochastic depth on both branches."""
+    """Pre-norm transformer block with LayerScale on both branches, each of which a sample may be without."""
 
-    def __init__(self, config: ModelConfig, drop_rate: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D = config.width
-        self.drop_rate = drop_rate
         self.attention_norm = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
         self.attention = Attention(D, config.heads)
         self.attention_scale = LayerScale(D, config.layerscale_init)
@@ -70,14 +60,20 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, config.mlp_ratio * D), nn.GELU(), nn.Linear(config.mlp_ratio * D, D))
         self.mlp_scale = LayerScale(D, config.layerscale_init)
 
-    def forward(self, x_BTD: Tensor, visible_B11T: Tensor | None, n_queries: int) -> Tensor:
-        """State of the first `n_queries` tokens after the block, (B, n_queries, D)."""
-        attended_BQD = self.attention(self.attention_norm(x_BTD), visible_B11T, n_queries)
-        x_BQD = x_BTD[:, :n_queries] + self._maybe_drop(self.attention_scale(attended_BQD))
-        return x_BQD + self._maybe_drop(self.mlp_scale(self.mlp(self.mlp_norm(x_BQD))))
+    def forward(
+        self, x_BTD: Tensor, visible_B11T: Tensor | None, n_queries: int, branch_scale_2B: Tensor | None = None
+    ) -> Tensor:
+        """State of the first `n_queries` tokens after the block, (B, n_queries, D).
 
-    def _maybe_drop(self, branch_BQD: Tensor) -> Tensor:
-        return drop_branch(branch_BQD, self.drop_rate) if self.training and self.drop_rate > 0 else branch_BQD
+        `branch_scale_2B`, (2, B) float32, is what each sample's branches are multiplied by; None is 1 for all.
+        """
+        attended_BQD = self.attention_scale(self.attention(self.attention_norm(x_BTD), visible_B11T, n_queries))
+        x_BQD = _add_branch(x_BTD[:, :n_queries], attended_BQD, branch_scale_2B, 0)
+        return _add_branch(x_BQD, self.mlp_scale(self.mlp(self.mlp_norm(x_BQD))), branch_scale_2B, 1)
+
+
+def _add_branch(x_BQD: Tensor, branch_BQD: Tensor, branch_scale_2B: Tensor | None, row: int) -> Tensor:
+    return x_BQD + (branch_BQD if branch_scale_2B is None else branch_BQD * branch_scale_2B[row, :, None, None])
 
 
 class Encoder(nn.Module):
@@ -86,20 +82,48 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.cls = nn.Parameter(torch.empty(config.width))
-        rates = stochastic_depth_rates(config.blocks, config.stochastic_depth)
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.rates = stochastic_depth_rates(config.blocks, config.stochastic_depth)
+        self.blocks = nn.ModuleList(Block(config) for _ in self.rates)
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.checkpoints_activations = False
 
-    def forward(self, tokens_BKD: Tensor, n_unmasked_B: Tensor | None) -> Tensor:
+    def forward(self, tokens_BKD: Tensor, n_unmasked_B: Tensor | None, branch_scale_RB: Tensor | None = None) -> Tensor:
         """CLS after the final norm, (B, D) float32. Tokens from `n_unmasked_B` on are padding."""
+        cls_BD: Tensor = self.norm(self.cls_after(len(self.blocks), tokens_BKD, n_unmasked_B, branch_scale_RB))
+        return cls_BD.float()
+
+    def cls_after(
+        self,
+        n_blocks: int,
+        tokens_BKD: Tensor,
+        n_unmasked_B: Tensor | None,
+        branch_scale_RB: Tensor | None = None,
+    ) -> Tensor:
+        """CLS as it is after the first `n_blocks` blocks, (B, D), without the final norm."""
         B, K, _ = tokens_BKD.shape
+        if branch_scale_RB is None and self.training:
+            branch_scale_RB = self._drawn_branch_scales(B)
         x_BTD = torch.cat([self.cls.expand(B, 1, -1), tokens_BKD], dim=1)
         visible_B11T = None
         if n_unmasked_B is not None:
             token_T = torch.arange(K + 1, device=tokens_BKD.device)
             visible_B11T = (token_T <= n_unmasked_B[:, None])[:, None, None, :]  # token 0 is CLS, always visible
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, visible_B11T, 1 if i == last else K + 1)
-        cls_BD: Tensor = self.norm(x_BTD[:, 0])
-        return cls_BD.float()
+        for i, block in enumerate(self.blocks[:n_blocks]):
+            scale_2B = None if branch_scale_RB is None else branch_scale_RB[2 * i : 2 * i + 2]
+            arguments = (x_BTD, visible_B11T, 1 if i == n_blocks - 1 else K + 1, scale_2B)
+            if self.checkpoints_activations and torch.is_grad_enabled():
+                # A block draws nothing at random, so that there is no state of a generator to go back to.
+                x_BTD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD = block(*arguments)
+        return x_BTD[:, 0]
+
+    def _drawn_branch_scales(self, n_samples: int) -> Tensor | None:
+        """Scales from torch's generator, (2 x blocks, B) float32, for callers that do not say which; None if all are 1."""
+        if not any(self.rates):
+            return None
+        scale_RB = torch.ones(2 * len(self.rates), n_samples, device=self.cls.device)
+        for row, rate in enumerate(rate for rate in self.rates for _ in range(2)):
+            if rate > 0:
+                scale_RB[row] = (torch.rand(n_samples, device=self.cls.device) >= rate) / (1 - rate)
+        return scale_RB

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -19,14 +20,18 @@ TENSORBOARD = "tensorboard"
 class MetricsWriter:
     """Writes measurements to `metrics.jsonl` and, where tensorboard is installed, to files in `tensorboard/`.
 
-    Opening it starts both anew: a folder with a finished run is refused before.
+    Opening it starts both anew, or with `after_step` keeps what a run had measured up to that step, which it goes on from.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, after_step: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS
-        self._file = self.path.open("w", encoding="utf-8")
-        self._events = _open_tensorboard(folder / TENSORBOARD)
+        kept = [] if after_step is None else _lines_up_to(self.path, after_step)
+        staging = self.path.with_name(f".{METRICS}.partial")
+        staging.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(staging, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._events = _open_tensorboard(folder / TENSORBOARD, after_step)
 
     def write(self, split: str, step: int, epoch: float, values: dict[str, float | None]) -> None:
         """Write one line: split, step, epoch and the values (None where there was nothing to measure)."""
@@ -50,12 +55,26 @@ class MetricsWriter:
             self._events.close()
 
 
-def _open_tensorboard(folder: Path) -> "SummaryWriter | None":
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """Lines of a run up to a step. What is no whole line, as a killed run may leave as its last, is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            if int(json.loads(line)["step"]) <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s: a line was cut off and is dropped: %.60s", path, line)
+    return kept
+
+
+def _open_tensorboard(folder: Path, after_step: int | None) -> "SummaryWriter | None":
     if find_spec("tensorboard") is None:
         logger.info("tensorboard is not installed; metrics go to %s only", METRICS)
         return None
     from torch.utils.tensorboard import SummaryWriter
 
+    if after_step is not None:
+        return SummaryWriter(str(folder), purge_step=after_step + 1)
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
     return SummaryWriter(str(folder))

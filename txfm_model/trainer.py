@@ -1,68 +1,55 @@
 """The training loop, on the processes that `accelerate launch` started.
 
 The loader is not prepared by Accelerate: the stream already gives each rank its part. Each step depends on
-(corpus, configuration, step) alone: rate, samples, masks and stochastic depth are functions of it.
+(corpus, configuration, step) alone: rate, samples, masks and stochastic depth are functions of it. So a checkpoint holds
+weights, optimizer and a position, and a run that goes on from one is the run it would have been.
 """
 
 import itertools
 import logging
-import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from txfm_data.panels import Panels
 from txfm_data.progress import Progress, ignore
-from txfm_model.config import LoopConfig, TrainConfig
-from txfm_model.initialise import initialise
-from txfm_model.launch import Precision, autocast, choose_precision, start_accelerator
-from txfm_model.losses import poisson_loss
+from txfm_model.config import TrainConfig, config_to_dict
 from txfm_model.metrics import METRICS, MetricsWriter
-from txfm_model.model import TxFM
-from txfm_model.optimizer import learning_rate, make_optimizer, set_learning_rate
+from txfm_model.optimizer import learning_rate
+from txfm_model.optimizer_state import optimizer_tensors
+from txfm_model.preemption import Preempted, StopSignals
 from txfm_model.provenance import describe_origin
-from txfm_model.validation import PanelMeanPredictor, means_over_processes, model_totals
-from txfm_model.window import TrainWindow
+from txfm_model.run import Run, prepare_run
+from txfm_model.run_state import (
+    CHECKPOINTS,
+    RunState,
+    check_same_run,
+    find_resume,
+    remove_leftovers,
+    remove_old,
+    save_run_state,
+)
+from txfm_model.step import train_step
+from txfm_model.validation import panel_mean_losses, validate
+from txfm_model.window import NonFiniteError, TrainWindow
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from shards.manifest import Corpus
-    from shards.stream import MaskedBatch, MaskedStream
+    from shards.stream import MaskedBatch
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """Everything a step needs; made once."""
-
-    config: TrainConfig
-    corpus: "Corpus"
-    accelerator: "Accelerator"
-    stream: "MaskedStream"
-    model: TxFM
-    wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
-    panels_NG: Tensor
-    precision: Precision
-    total_steps: int
-    panel_mean: tuple[float | None, float | None]
-
-
 def train(config: TrainConfig, *, progress: Progress = ignore) -> dict[str, Any]:
-    """Train a model on a shard corpus; metrics and, at the end, the checkpoint go to `config.out`.
+    """Train a model on a shard corpus; metrics, checkpoints and, at the end, the model go to `config.out`.
 
     Parameters
     ----------
     config
-        The run.
+        The run. With `dry_run` nothing is trained or written: see `txfm_model.cost.dry_run`.
     progress
         Called as progress(steps done, steps in all) on the main process.
 
@@ -74,222 +61,277 @@ def train(config: TrainConfig, *, progress: Progress = ignore) -> dict[str, Any]
     Raises
     ------
     FileExistsError
-        If `config.out` already holds a checkpoint.
+        If `config.out` already holds a run, and `config.resume` does not say to go on with it.
     ValueError
-        If corpus and configuration do not fit, or a loss is not finite; no checkpoint is written then.
+        If corpus, configuration and checkpoint do not fit, or a loss is not finite; checkpoints written before stay.
+    Preempted
+        After SIGTERM or SIGUSR1: a checkpoint was written, and the same command with `resume="auto"` goes on.
     """
     from txfm_model.checkpoint import save_checkpoint
 
-    out = _free_folder(config.out)
-    run = _prepare(config)
-    main = run.accelerator.is_main_process
-    if main:
-        with MetricsWriter(out) as writer:
-            results = _loop(run, writer, progress)
-    else:
-        results = _loop(run, None, ignore)
-    results["checkpoint"] = str(out / "checkpoint")
-    results["metrics"] = str(out / METRICS)
-    if main:
-        run.model.statistics = run.corpus.statistics
-        run.model.provenance = describe_origin(config, run.corpus.fingerprint) | {"results": _lasting(results)}
-        save_checkpoint(run.model, out / "checkpoint")
-    run.accelerator.wait_for_everyone()
+    if config.dry_run:
+        from txfm_model.cost import dry_run
+
+        return dry_run(config)
+    out, finished = _open_folder(config)
+    if finished is not None:
+        return finished
+    run = prepare_run(config)
+    is_main = run.accelerator.is_main_process
+    with StopSignals() as signals:
+        if is_main:
+            remove_leftovers(out)
+        loop = _Loop(run, out, signals, progress if is_main else ignore)
+        results = loop.run_all()
+        if is_main:
+            run.model.statistics = run.corpus.statistics
+            run.model.provenance = loop.provenance() | {"results": results}
+            save_checkpoint(run.model, out / "checkpoint")
+        run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
-    return results
+    return results | _paths(out)
 
 
-def _free_folder(out: str) -> Path:
-    """Folder of the run, refused where a run has already left its checkpoint."""
+def _paths(out: Path) -> dict[str, str]:
+    return {"checkpoint": str(out / "checkpoint"), "metrics": str(out / METRICS)}
+
+
+def _open_folder(config: TrainConfig) -> tuple[Path, dict[str, Any] | None]:
+    """Folder of the run; and the results of a run that `resume="auto"` finds finished there."""
+    out = config.out
     if "://" in out:
         raise ValueError(f"out: {out} is a URL; a run is written to a local folder, copy it from there afterwards")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"out: {folder} is a file; give a folder")
+    if config.resume is not None and (folder / "checkpoint").exists():
+        return folder, _finished(config, folder)
     for taken in (folder / "checkpoint", folder / "config.json"):
         if taken.exists():
             raise FileExistsError(f"out: {folder} already holds a checkpoint ({taken}); choose another folder")
-    return folder
-
-
-def _prepare(config: TrainConfig) -> _Run:
-    from shards.manifest import open_corpus
-    from shards.stream import MaskedStream
-
-    corpus = open_corpus(config.shards)
-    if corpus.target_sum != config.model.target_sum:
-        raise ValueError(
-            f"{config.shards}: counts are scaled to {corpus.target_sum:g}, model.target_sum is "
-            f"{config.model.target_sum:g}; make them equal"
+    if config.resume is None and any((folder / CHECKPOINTS).glob("step-*")):
+        raise FileExistsError(
+            f"out: {folder} holds checkpoints of an unfinished run ({folder / CHECKPOINTS}); go on with it by --resume auto, or "
+            f"choose another folder"
         )
-    accelerator = start_accelerator(config.loop)
-    precision = choose_precision(config.loop.precision, accelerator.device, os.environ)
-    stream = MaskedStream(
-        corpus,
-        seed=config.loop.seed,
-        global_batch=config.loop.global_batch,
-        n_unmasked=config.mask.n_unmasked,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        temperature=config.mask.temperature,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    with torch.device("meta"):
-        model = TxFM(config.model, corpus.vocabulary)
-    model.to_empty(device="cpu")
-    initialise(model, seed=config.loop.seed, statistics=corpus.statistics)
-    model.to(accelerator.device).train()
-    total_steps = _total_steps(config.loop, stream)
-    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim, total_steps))
-    predictor = PanelMeanPredictor(corpus.panels, len(corpus.vocabulary))
-    return _Run(
-        config=config,
-        corpus=corpus,
-        accelerator=accelerator,
-        stream=stream,
-        model=model,
-        wrapped=wrapped,
-        optimizer=optimizer,
-        panels_NG=panel_table(corpus.panels, len(corpus.vocabulary)).to(accelerator.device),
-        precision=precision,
-        total_steps=total_steps,
-        panel_mean=means_over_processes(
-            predictor.totals(_validation_batches(config, corpus, accelerator)), accelerator
-        ),
-    )
+    return folder, None
 
 
-def panel_table(panels: Panels, n_genes: int) -> Tensor:
-    """Which genes each panel measures, (N, G) bool on the CPU."""
-    table_NG = np.zeros((len(panels), n_genes), dtype=bool)
-    for panel_id in range(len(panels)):
-        table_NG[panel_id, panels.genes(panel_id)] = True
-    return torch.from_numpy(table_NG)
+def _finished(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    from txfm_model.checkpoint import load_checkpoint
+
+    provenance = load_checkpoint(folder / "checkpoint").provenance
+    if "results" not in provenance:
+        raise FileExistsError(f"out: {folder / 'checkpoint'} was not written by a training run; choose another folder")
+    check_same_run(provenance["training"], config)
+    logger.info("%s: this run is finished; there is nothing left to do", folder)
+    return provenance["results"] | _paths(folder) | {"already_finished": True}
 
 
-def _validation_batches(config: TrainConfig, corpus: "Corpus", accelerator: "Accelerator") -> Iterator["MaskedBatch"]:
-    from shards.stream import validation_batches
+class _Loop:
+    """The steps of one run, from where it goes on to its end."""
 
-    return validation_batches(
-        corpus,
-        seed=config.loop.seed,
-        batch_size=max(1, config.loop.global_batch // accelerator.num_processes),
-        n_unmasked=config.mask.n_unmasked,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        temperature=config.mask.temperature,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    def __init__(self, run: Run, out: Path, signals: StopSignals, progress: Progress) -> None:
+        self.run, self.out, self.signals, self.progress = run, out, signals, progress
+        earlier = run.resumed
+        kept: dict[str, Any] = {} if earlier is None else earlier.progress
+        self.step = 0 if earlier is None else earlier.step
+        self.first_step = self.step
+        self.train_line: dict[str, float] = kept.get("train_line", {})
+        self.val_line: dict[str, float | None] = kept.get("val_line", {})
+        self.before_s, self.training_s = kept.get("seconds", 0.0), kept.get("training_s", 0.0)
+        self.history = [*kept.get("history", []), self._layout() | {"from_step": self.step}]
+        self.window = self._new_window({} if earlier is None else earlier.window)
+        self.baseline = panel_mean_losses(run)
+        self.started = self.window_started = time.perf_counter()
+        self.window_wait, self.window_steps = run.stream.wait_s, 0
 
+    def run_all(self) -> dict[str, Any]:
+        """Run every step that is left; returns the results that do not depend on paths."""
+        run, loop = self.run, self.run.config.loop
+        with self._writer() as writer:
+            for epoch, batch in self._batches():
+                self._one_step(batch)
+                if self.step % loop.log_every == 0 or self.step == run.total_steps:
+                    self._log(writer, epoch)
+                if self.step % loop.validate_every == 0 or self.step == run.total_steps:
+                    self._validate(writer, epoch)
+                self._checkpoint(batch)
+                self.progress(self.step, run.total_steps)
+        return self._results()
 
-def _loop(run: _Run, writer: MetricsWriter | None, progress: Progress) -> dict[str, Any]:
-    """Run every step; returns the results that do not depend on paths."""
-    loop, device = run.config.loop, run.accelerator.device
-    window = TrainWindow(len(run.corpus.vocabulary), device)
-    train_line: dict[str, float] = {}
-    val_line: dict[str, float | None] = {}
-    started = window_started = time.perf_counter()
-    window_wait, window_steps, training_s = run.stream.wait_s, 0, 0.0
-    for step, epoch, batch in _steps(run.stream, run.total_steps):
-        lr = learning_rate(step - 1, run.total_steps, run.config.optim)
-        _train_step(run, batch.to(device), step, lr, window)
-        window_steps += 1
-        if step % loop.log_every == 0 or step == run.total_steps:
-            train_line = window.summary(run.accelerator, step) | {"lr": lr}
-            elapsed = max(time.perf_counter() - window_started, 1e-9)
-            train_line["samples_per_s"] = window_steps * loop.global_batch / elapsed
-            train_line["data_wait_fraction"] = min(1.0, (run.stream.wait_s - window_wait) / elapsed)
-            training_s += elapsed
-            if writer is not None:
-                writer.write("train", step, epoch, dict(train_line))
-            window = TrainWindow(len(run.corpus.vocabulary), device)
-            window_started, window_wait, window_steps = time.perf_counter(), run.stream.wait_s, 0
-        if step % loop.validate_every == 0 or step == run.total_steps:
-            before = time.perf_counter()
-            val_line = _validate(run)
-            if writer is not None:
-                writer.write("val", step, epoch, val_line)
-            window_started += time.perf_counter() - before
-        progress(step, run.total_steps)
-    samples = run.total_steps * loop.global_batch
-    return {
-        "steps": run.total_steps,
-        "samples": samples,
-        "seconds": time.perf_counter() - started,
-        "samples_per_s": samples / training_s,
-        "parameters": run.model.n_parameters,
-        "train_loss": train_line["loss"],
-        "train_excess": train_line["excess"],
-        "val_loss": val_line["loss"],
-        "val_excess": val_line["excess"],
-        "panel_mean_val_loss": val_line["panel_mean_loss"],
-        "panel_mean_val_excess": val_line["panel_mean_excess"],
-        "val_samples": run.corpus.n_samples("val"),
-        "processes": run.accelerator.num_processes,
-        "precision": run.precision,
-        "device": device.type,
-        "cpu_threads": torch.get_num_threads(),
-    }
+    def _batches(self) -> "Iterator[tuple[float, MaskedBatch]]":
+        """Epochs done after each step that is left, and this rank's batch, over as many epochs as it takes."""
+        stream, earlier = self.run.stream, self.run.resumed
+        first_epoch, first_batch = (0, 0) if earlier is None else stream.position(earlier.stream)
+        for epoch in itertools.count(first_epoch):
+            n_batches = stream.batches_in_epoch(epoch)
+            batches = stream.epoch(epoch, first_batch)
+            first_batch = 0
+            for batch in itertools.islice(batches, self.run.total_steps - self.step):
+                yield epoch + (batch.number + 1) / n_batches, batch
+            batches.close()
+            if self.step == self.run.total_steps:
+                return
 
+    def _one_step(self, batch: "MaskedBatch") -> None:
+        run = self.run
+        train_step(run, batch, learning_rate(self.step, run.total_steps, run.config.optim), self.window)
+        self.step += 1
+        self.window_steps += 1
+        if run.config.loop.compile and self.step == self.first_step + 1:
+            logger.info("the first step, with its compilation, took %.0f s", time.perf_counter() - self.started)
+            self._restart_clock()
 
-def _total_steps(loop: LoopConfig, stream: "MaskedStream") -> int:
-    """Optimizer steps of the run; where datasets have weights, each epoch has a length of its own."""
-    if loop.epochs is None or not stream.corpus.is_weighted:
-        return loop.total_steps(stream.batches_in_epoch(0))
-    whole = int(loop.epochs)
-    batches = float(sum(map(stream.batches_in_epoch, range(whole))))
-    if loop.epochs > whole:
-        batches += (loop.epochs - whole) * stream.batches_in_epoch(whole)
-    return max(1, round(batches))
+    def _log(self, writer: MetricsWriter | None, epoch: float) -> None:
+        run = self.run
+        elapsed = max(time.perf_counter() - self.window_started, 1e-9)
+        with self._says_what_is_kept():
+            line = self.window.summary(run.accelerator, self.step)
+        line["lr"] = learning_rate(self.step - 1, run.total_steps, run.config.optim)
+        line["samples_per_s"] = self.window_steps * run.config.loop.global_batch / elapsed
+        line["data_wait_fraction"] = min(1.0, (run.stream.wait_s - self.window_wait) / elapsed)
+        self.train_line = line
+        if writer is not None:
+            writer.write("train", self.step, epoch, dict(line))
+        self.window = self._new_window({})
+        self._restart_clock()
 
+    def _validate(self, writer: MetricsWriter | None, epoch: float) -> None:
+        before = time.perf_counter()
+        with self._says_what_is_kept():
+            self.val_line = validate(self.run, self.step) | self.baseline
+        if writer is not None:
+            writer.write("val", self.step, epoch, dict(self.val_line))
+        self._leave_out(time.perf_counter() - before)
 
-def _steps(stream: "MaskedStream", total_steps: int) -> Iterator[tuple[int, float, "MaskedBatch"]]:
-    """Step (1 is the first), epochs done after it, and this rank's batch, over as many epochs as it takes."""
-    step = 0
-    for epoch in itertools.count():
-        n_batches = stream.batches_in_epoch(epoch)
-        batches = stream.epoch(epoch)
-        for batch in itertools.islice(batches, total_steps - step):
-            step += 1
-            yield step, epoch + (batch.number + 1) / n_batches, batch
-        batches.close()
-        if step == total_steps:
+    def _checkpoint(self, batch: "MaskedBatch") -> None:
+        """Save where one is due, or where the run was told to stop."""
+        every = self.run.config.loop.checkpoint_every
+        is_told = self.signals.agree(self.step)
+        if self.step == self.run.total_steps:  # the run ends now anyway
             return
+        if is_told or (every is not None and self.step % every == 0):
+            before = time.perf_counter()
+            folder = self._save(batch, must=is_told)
+            if is_told:
+                raise Preempted(self.step, folder)
+            self._leave_out(time.perf_counter() - before)
 
+    def _save(self, batch: "MaskedBatch", *, must: bool) -> Path | None:
+        """Write a checkpoint from the main process; every process learns whether that went well.
 
-def _train_step(run: _Run, batch: "MaskedBatch", step: int, lr: float, window: TrainWindow) -> None:
-    """One optimizer step on this rank's part of the global batch; DDP averages the gradients over ranks."""
-    torch.manual_seed(_step_seed(run.config.loop.seed, step, run.accelerator.process_index))
-    set_learning_rate(run.optimizer, lr)
-    with autocast(run.accelerator.device, run.precision):
-        predicted_BG = run.wrapped(batch.gene_ids, batch.values, batch.n_unmasked if batch.is_padded else None)
-    parts = poisson_loss(predicted_BG, batch, run.panels_NG)
-    run.accelerator.backward(parts.loss)
-    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    gradient_norm = nn.utils.get_total_norm(gradients)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    window.add(batch, batch.sample_id, parts, predicted_BG, run.panels_NG, gradient_norm)
+        A checkpoint that cannot be written (a full disk) costs nothing yet: unless it `must` be there the run goes on, and
+        tries again when the next one is due.
+        """
+        run = self.run
+        with self._says_what_is_kept():
+            window = self.window.state(run.accelerator, self.step)
+        error: OSError | ValueError | None = None
+        folder = None
+        weights = optimizer_tensors(run.model, run.optimizer)
+        if run.accelerator.is_main_process:
+            run.model.statistics = run.corpus.statistics
+            run.model.provenance = self.provenance()
+            try:
+                folder = save_run_state(self.out, run.model, weights, self._state(batch, window))
+                remove_old(self.out, run.config.loop.keep_checkpoints)
+            except (OSError, ValueError) as failed:
+                error = failed
+        failures = run.accelerator.reduce(torch.tensor(int(error is not None), device=run.accelerator.device), "sum")
+        if error is not None and (must or isinstance(error, ValueError)):
+            raise error
+        if int(failures) and must:
+            raise OSError(f"step {self.step}: the main process could not write the checkpoint; its message says why")
+        if error is not None:
+            logger.error(
+                "step %d: no checkpoint was written (%s); training goes on. Make room: %s", self.step, error, self.out
+            )
+        return folder
 
+    def _state(self, batch: "MaskedBatch", window: dict[str, Tensor]) -> RunState:
+        run = self.run
+        return RunState(
+            step=self.step,
+            stream=run.stream.state_after(batch),
+            training=config_to_dict(run.config),
+            corpus_fingerprint=run.corpus.fingerprint,
+            layout=self._layout(),
+            progress={
+                "train_line": self.train_line,
+                "val_line": self.val_line,
+                "seconds": self._seconds(),
+                "training_s": self.training_s + time.perf_counter() - self.window_started,
+                "history": self.history,
+                "init": run.init,
+            },
+            window=window,
+        )
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of the draws inside one step of one rank (stochastic depth)."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    def _layout(self) -> dict[str, Any]:
+        accelerator, loop = self.run.accelerator, self.run.config.loop
+        return {
+            "processes": accelerator.num_processes,
+            "accumulation": loop.accumulation,
+            "precision": self.run.precision,
+            "device": accelerator.device.type,
+        }
 
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights come from, as far as it is known by now."""
+        origin = describe_origin(self.run.config, self.run.corpus.fingerprint)
+        return origin | {"step": self.step, "history": self.history, "init": self.run.init}
 
-def _validate(run: _Run) -> dict[str, float | None]:
-    batches = _validation_batches(run.config, run.corpus, run.accelerator)
-    totals = model_totals(run.model, batches, run.panels_NG, run.precision)
-    loss, excess = means_over_processes(totals, run.accelerator)
-    panel_mean_loss, panel_mean_excess = run.panel_mean
-    return {
-        "loss": loss,
-        "excess": excess,
-        "panel_mean_loss": panel_mean_loss,
-        "panel_mean_excess": panel_mean_excess,
-    }
+    def _results(self) -> dict[str, Any]:
+        run = self.run
+        samples = run.total_steps * run.config.loop.global_batch
+        return {
+            "steps": run.total_steps,
+            "samples": samples,
+            "seconds": self._seconds(),
+            "samples_per_s": samples / max(self.training_s, 1e-9),
+            "parameters": run.model.n_parameters,
+            "train_loss": self.train_line["loss"],
+            "train_excess": self.train_line["excess"],
+            "val_loss": self.val_line["loss"],
+            "val_excess": self.val_line["excess"],
+            "panel_mean_val_loss": self.val_line["panel_mean_loss"],
+            "panel_mean_val_excess": self.val_line["panel_mean_excess"],
+            "val_samples": run.corpus.n_samples("val"),
+            "loss": run.config.loss.kind,
+            "resumed_from_step": self.first_step,
+            "init": run.init,
+            "cpu_threads": torch.get_num_threads(),
+            **self._layout(),
+        }
 
+    @contextmanager
+    def _says_what_is_kept(self) -> Iterator[None]:
+        """Let the end of a run by a loss that is not finite say which checkpoint is the last finite one."""
+        try:
+            yield
+        except NonFiniteError as error:
+            kept = find_resume(self.out, "auto")
+            said = f"the last finite checkpoint is {kept}" if kept else "no checkpoint had been written"
+            raise NonFiniteError(f"{error}; {said}") from error
 
-def _lasting(results: dict[str, Any]) -> dict[str, Any]:
-    """Results that belong into a checkpoint: without the paths of this machine."""
-    return {key: value for key, value in results.items() if key not in ("checkpoint", "metrics")}
+    def _new_window(self, earlier: dict[str, Tensor]) -> TrainWindow:
+        return TrainWindow(len(self.run.corpus.vocabulary), self.run.accelerator.device, earlier)
+
+    def _writer(self) -> AbstractContextManager[MetricsWriter | None]:
+        if not self.run.accelerator.is_main_process:
+            return nullcontext()
+        return MetricsWriter(self.out, after_step=None if self.run.resumed is None else self.step)
+
+    def _restart_clock(self) -> None:
+        """Begin to time a log window, and add the one before to the time trained."""
+        now = time.perf_counter()
+        self.training_s += now - self.window_started
+        self.window_started, self.window_wait, self.window_steps = now, self.run.stream.wait_s, 0
+
+    def _leave_out(self, seconds: float) -> None:
+        """Validation and saving are no part of a log window."""
+        self.window_started += seconds
+
+    def _seconds(self) -> float:
+        return self.before_s + time.perf_counter() - self.started

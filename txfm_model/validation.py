@@ -1,5 +1,6 @@
 """Loss on held-out samples, for the model and for the panel-mean predictor that it has to beat."""
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -9,18 +10,36 @@ from torch import Tensor
 
 from txfm_data.panels import Panels
 from txfm_model.launch import Precision, autocast
-from txfm_model.losses import poisson_loss
+from txfm_model.losses import Loss, measured_mask
 from txfm_model.model import TxFM
+from txfm_model.prediction import Prediction
+from txfm_model.window import NonFiniteError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from shards.stream import MaskedBatch
+    from txfm_model.run import Run
+
+
+def validate(run: "Run", step: int) -> dict[str, float | None]:
+    """Mean loss and excess of the model over the val split; None without one.
+
+    Raises
+    ------
+    NonFiniteError
+        If it is not finite.
+    """
+    totals = model_totals(run.model, run.validation_batches(), run.loss, run.panels_NG, run.precision)
+    loss, excess = means_over_processes(totals, run.accelerator)
+    if loss is not None and not math.isfinite(loss):
+        raise NonFiniteError(f"step {step}: the validation loss is {loss}; training stopped. Lower optim.lr")
+    return {"loss": loss, "excess": excess}
 
 
 @torch.no_grad()
 def model_totals(
-    model: TxFM, batches: Iterable["MaskedBatch"], panels_NG: Tensor, precision: Precision
+    model: TxFM, batches: "Iterable[MaskedBatch]", loss: Loss, panels_NG: Tensor, precision: Precision
 ) -> tuple[float, float, int]:
     """Sum loss and excess over the samples of `batches`, and count them; the model is in evaluation mode."""
     device = panels_NG.device
@@ -31,12 +50,55 @@ def model_totals(
     for batch in batches:
         batch = batch.to(device)
         with autocast(device, precision):
-            predicted_BG = model(batch.gene_ids, batch.values, batch.n_unmasked if batch.is_padded else None)
-        parts = poisson_loss(predicted_BG, batch, panels_NG)
-        totals_2 += torch.stack([parts.mean_B.double().sum(), parts.excess_B.double().sum()])
+            prediction = model(
+                batch.gene_ids,
+                batch.values,
+                batch.n_unmasked if batch.is_padded else None,
+                measured_BG=measured_mask(batch.panel_id, panels_NG),
+            )
+        parts = loss(prediction, batch, panels_NG)
+        totals_2 += torch.stack([parts.loss_B.double().sum(), parts.excess_B.double().sum()])
         n_samples += len(batch.panel_id)
     model.train(was_training)
-    loss, excess = totals_2.tolist()
+    total, excess = totals_2.tolist()
+    return total, excess, n_samples
+
+
+def panel_mean_losses(run: "Run") -> dict[str, float | None]:
+    """Mean loss and excess of the panel-mean predictor over the val split.
+
+    None for losses of counts, which ask for a dispersion that it does not have, and where values are not scaled: the shards
+    hold means of scaled counts.
+    """
+    config, corpus = run.config, run.corpus
+    loss: float | None = None
+    excess: float | None = None
+    if not config.loss.needs_counts and config.model.preprocessing == "library_log1p":
+        batches = run.validation_batches()
+        if config.loss.kind == "poisson" and config.loss.reduction == "mean":
+            totals = PanelMeanPredictor(corpus.panels, len(corpus.vocabulary)).totals(batches)
+        else:
+            totals = _dense_panel_mean_totals(run, batches)
+        loss, excess = means_over_processes(totals, run.accelerator)
+    return {"panel_mean_loss": loss, "panel_mean_excess": excess}
+
+
+@torch.no_grad()
+def _dense_panel_mean_totals(run: "Run", batches: "Iterable[MaskedBatch]") -> tuple[float, float, int]:
+    """Totals of the predictor under any loss of log1p values, through the loss itself."""
+    panels, device = run.corpus.panels, run.accelerator.device
+    loss = excess = 0.0
+    n_samples = 0
+    for batch in batches:
+        predicted_BG = np.zeros((len(batch), len(run.corpus.vocabulary)), np.float32)
+        for row_G, panel_id in zip(predicted_BG, batch.panel_id.tolist(), strict=True):
+            entries = slice(panels.indptr[panel_id], panels.indptr[panel_id + 1])
+            row_G[panels.gene_ids[entries]] = np.log1p(panels.mean_normalized[entries])
+        prediction = Prediction(torch.from_numpy(predicted_BG).to(device), None, None)
+        parts = run.loss(prediction, batch.to(device), run.panels_NG)
+        loss += float(parts.loss_B.double().sum())
+        excess += float(parts.excess_B.double().sum())
+        n_samples += len(batch)
     return loss, excess, n_samples
 
 

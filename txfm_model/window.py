@@ -5,64 +5,76 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from txfm_model.losses import LossParts, Target, measured_mask
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from txfm_model.losses import LossParts
+
+COLUMNS = ("loss", "excess", "loss_sum", "grad_norm")
+
+
+class NonFiniteError(ValueError):
+    """A loss or a gradient was not finite; the run stops on every process alike."""
+
 
 class TrainWindow:
-    """Losses, gradient norms and live genes of some steps; the device is not waited for before `summary`."""
+    """Losses, gradient norms and live genes of some steps; the device is not waited for before `summary` or `state`.
 
-    def __init__(self, n_genes: int, device: torch.device) -> None:
+    n_genes : of the vocabulary.  device : of the model.
+    earlier : the `state` of a run that goes on in this window.
+    """
+
+    def __init__(self, n_genes: int, device: torch.device, earlier: dict[str, Tensor] | None = None) -> None:
+        earlier = earlier or {}
+        self._earlier_S4 = earlier.get("losses", torch.empty(0, len(COLUMNS))).to(device)
+        self._measured_G = earlier.get("measured", torch.zeros(n_genes, dtype=torch.bool)).bool().to(device)
+        self._alive_G = earlier.get("alive", torch.zeros(n_genes, dtype=torch.bool)).bool().to(device)
         self._losses: list[Tensor] = []
         self._sample_ids: list[Tensor] = []
-        self._measured_G = torch.zeros(n_genes, dtype=torch.bool, device=device)
-        self._alive_G = torch.zeros(n_genes, dtype=torch.bool, device=device)
         self._sample_losses: list[Tensor] = []
+        self._parts: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def add(
-        self,
-        batch: Target,
-        sample_id_B: Tensor,
-        parts: LossParts,
-        predicted_BG: Tensor,
-        panels_NG: Tensor,
-        gradient_norm: Tensor,
-    ) -> None:
-        """Record one step of this process."""
-        per_step = [parts.loss, parts.excess_B.mean(), parts.sum_B.mean(), gradient_norm.float()]
-        self._losses.append(torch.stack([value.detach() for value in per_step]))
-        self._sample_ids.append(sample_id_B)
-        self._sample_losses.append(parts.mean_B.detach())
-        measured_BG = measured_mask(batch.panel_id, panels_NG)
+    def add(self, sample_id_B: Tensor, measured_BG: Tensor, predicted_BG: Tensor, loss: "LossParts") -> None:
+        """Record one part of a step of this process."""
+        self._parts.append((sample_id_B, torch.stack([loss.loss_B, loss.excess_B, loss.sum_B]).detach()))
         self._measured_G |= measured_BG.any(0)
         self._alive_G |= ((predicted_BG > 0) & measured_BG).any(0)  # above 0 exactly where the logit is
+
+    @torch.no_grad()
+    def end_step(self, gradient_norm: Tensor) -> None:
+        """Record the end of a step, with the norm of its gradient."""
+        ids, losses = zip(*self._parts, strict=True)
+        self._parts = []
+        losses_3B = torch.cat(losses, dim=1)
+        self._losses.append(torch.cat([losses_3B.mean(1), gradient_norm.float().reshape(1)]))
+        self._sample_ids.append(torch.cat(ids))
+        self._sample_losses.append(losses_3B[0])
 
     def summary(self, accelerator: "Accelerator", last_step: int) -> dict[str, float]:
         """Means over steps and processes.
 
         Raises
         ------
-        ValueError
+        NonFiniteError
             On every process alike, if a loss or gradient was not finite; names the step and the samples.
         """
-        steps_S4 = accelerator.reduce(torch.stack(self._losses), "mean")
+        state = self.state(accelerator, last_step)
+        n_measured, n_alive = int(state["measured"].sum()), int(state["alive"].sum())
+        means = dict(zip(COLUMNS, state["losses"].mean(0).tolist(), strict=True))
+        return means | {"dead_gene_fraction": 1 - n_alive / n_measured if n_measured else 0.0}
+
+    def state(self, accelerator: "Accelerator", last_step: int) -> dict[str, Tensor]:
+        """The window over all processes, as tensors to go on from; raises as `summary` does."""
+        steps_S4 = self._earlier_S4
+        if self._losses:
+            steps_S4 = torch.cat([steps_S4, accelerator.reduce(torch.stack(self._losses), "mean")])
         finite_S = torch.isfinite(steps_S4).all(1)
         if not finite_S.all():
             at = int(finite_S.logical_not().nonzero()[0, 0])
-            self._fail(accelerator, at, last_step - len(self._losses) + 1 + at)
+            self._fail(accelerator, at - len(self._earlier_S4), last_step - len(steps_S4) + 1 + at)
         live_2G = accelerator.reduce(torch.stack([self._measured_G, self._alive_G]).int(), "sum") > 0
-        n_measured, n_alive = live_2G.sum(1).tolist()
-        loss, excess, total, gradient_norm = steps_S4.mean(0).tolist()
-        return {
-            "loss": loss,
-            "excess": excess,
-            "loss_sum": total,
-            "grad_norm": gradient_norm,
-            "dead_gene_fraction": 1 - n_alive / n_measured if n_measured else 0.0,
-        }
+        return {"losses": steps_S4, "measured": live_2G[0].to(torch.uint8), "alive": live_2G[1].to(torch.uint8)}
 
     def _fail(self, accelerator: "Accelerator", at: int, step: int) -> None:
         bad_B = ~torch.isfinite(self._sample_losses[at])
@@ -70,12 +82,12 @@ class TrainWindow:
         named = sorted(int(i) for i in ids.tolist() if i >= 0)
         if named:
             some = ", ".join(map(str, named[:10])) + (f" and {len(named) - 10} more" if len(named) > 10 else "")
-            raise ValueError(
-                f"step {step}: the loss is not finite for sample ids {some}; no checkpoint was written. "
+            raise NonFiniteError(
+                f"step {step}: the loss is not finite for sample ids {some}; training stopped. "
                 f"Check these samples with `txfm verify`, or lower optim.lr"
             )
         shown = sorted(int(i) for i in accelerator.gather(self._sample_ids[at]).tolist())[:10]
-        raise ValueError(
+        raise NonFiniteError(
             f"step {step}: the gradient is not finite although the loss of every sample is "
-            f"(sample ids {shown}, ...); no checkpoint was written. Lower optim.lr, or set loop.precision no"
+            f"(sample ids {shown}, ...); training stopped. Lower optim.lr, set optim.clip_norm, or set loop.precision no"
         )

@@ -40,7 +40,7 @@ def tiny_model(tiny_config: ModelConfig, vocabulary: Vocabulary) -> TxFM:
 
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., tuple[MaskedBatch, torch.Tensor]]:
-    """Random batch of `n` samples over random panels, with the table of panels; ids already int64."""
+    """Random batch of `n` samples over random panels, with the table of panels; ids already int64, raw counts beside."""
 
     def make(
         seed: int, n: int = 6, n_panels: int = 3, n_genes: int = N_GENES, n_unmasked: int = 8
@@ -74,6 +74,7 @@ def make_batch() -> Callable[..., tuple[MaskedBatch, torch.Tensor]]:
             sample_id=torch.arange(n) + 100,
             library_size=torch.full((n,), 1000.0, dtype=torch.float64),
             is_padded=min(n_shown) < n_unmasked,
+            raw_counts=torch.from_numpy(np.ceil(np.concatenate(target_counts) / 50)).float(),
         )
         return batch, torch.from_numpy(panels)
 

@@ -10,10 +10,10 @@ import torch
 
 from shards.manifest import open_corpus
 from shards.stream import MaskedStream
-from txfm_model import metrics, trainer
+from txfm_model import metrics, run, step
 from txfm_model.checkpoint import verify_checkpoint
 from txfm_model.config import LoopConfig, MaskConfig, ModelConfig, TrainConfig, config_from_dict, config_to_dict
-from txfm_model.losses import LossParts
+from txfm_model.losses import Loss
 from txfm_model.model import TxFM
 from txfm_model.trainer import train
 
@@ -164,18 +164,18 @@ def test_an_interruption_leaves_no_checkpoint_and_the_folder_can_be_used_again(t
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(tiny_shards, tmp_path, monkeypatch):
-    plain, steps = trainer.poisson_loss, []
+    plain, steps = Loss.__call__, []
 
-    def poisoned(predicted_BG, batch, panels_NG) -> LossParts:
-        parts = plain(predicted_BG, batch, panels_NG)
+    def poisoned(loss, prediction, batch, panels_NG):
+        parts = plain(loss, prediction, batch, panels_NG)
         steps.append(batch.sample_id)
         if len(steps) == 3:
             bad = torch.zeros(8)
             bad[[2, 5]] = torch.nan
-            return LossParts(parts.mean_B + bad, parts.sum_B, parts.floor_B)
+            return dataclasses.replace(parts, mean_B=parts.mean_B + bad)
         return parts
 
-    monkeypatch.setattr(trainer, "poisson_loss", poisoned)
+    monkeypatch.setattr(Loss, "__call__", poisoned)
     with pytest.raises(ValueError, match="step 3: the loss is not finite for sample ids") as error:
         train(make_config(tiny_shards, tmp_path / "run"))
     for sample in steps[2][[2, 5]].tolist():
@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(tiny
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tiny_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.nn.utils, "get_total_norm", lambda gradients: torch.tensor(torch.inf))
+    monkeypatch.setattr(step.nn.utils, "get_total_norm", lambda gradients: torch.tensor(torch.inf))
     with pytest.raises(ValueError, match="step 1: the gradient is not finite"):
         train(make_config(tiny_shards, tmp_path / "run"))
 
@@ -195,8 +195,8 @@ def test_dead_genes_are_counted(tiny_shards, tmp_path, monkeypatch):
         with torch.no_grad():
             model.head.bias[:45] = -100.0  # half of the 90 genes
 
-    initialise = trainer.initialise
-    monkeypatch.setattr(trainer, "initialise", start_dead)
+    initialise = run.initialise
+    monkeypatch.setattr(run, "initialise", start_dead)
     train(make_config(tiny_shards, tmp_path / "run", steps=20, log_every=20, validate_every=20))
     assert read_lines(tmp_path / "run")[0]["dead_gene_fraction"] == pytest.approx(0.5, abs=0.05)
 

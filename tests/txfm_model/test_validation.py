@@ -5,9 +5,14 @@ import pytest
 import torch
 
 from txfm_data.panels import make_panels
-from txfm_model.losses import poisson_loss
-from txfm_model.trainer import panel_table
+from txfm_model.config import LossConfig
+from txfm_model.losses import Loss, poisson_loss
+from txfm_model.run import panel_table
 from txfm_model.validation import PanelMeanPredictor, model_totals
+
+
+def poisson(model) -> Loss:
+    return Loss.of_parts(LossConfig(), model.config)
 
 
 @pytest.fixture
@@ -57,10 +62,10 @@ def test_no_constant_does_better_than_the_panel_mean(make_batch):
 def test_model_totals_are_sums_over_samples(corpus, tiny_model):
     _, table_NG, batches = corpus
     tiny_model.train()
-    loss, excess, n_samples = model_totals(tiny_model, batches, table_NG, "no")
+    loss, excess, n_samples = model_totals(tiny_model, batches, poisson(tiny_model), table_NG, "no")
     assert tiny_model.training
     tiny_model.eval()
-    parts = [poisson_loss(tiny_model(b.gene_ids, b.values, b.n_unmasked), b, table_NG) for b in batches]
+    parts = [poisson_loss(tiny_model(b.gene_ids, b.values, b.n_unmasked).log1p_BG, b, table_NG) for b in batches]
     assert n_samples == 15
     assert loss == pytest.approx(sum(p.mean_B.sum().item() for p in parts), rel=1e-5)
     assert excess == pytest.approx(sum(p.excess_B.sum().item() for p in parts), rel=1e-5)
@@ -68,5 +73,5 @@ def test_model_totals_are_sums_over_samples(corpus, tiny_model):
 
 def test_no_samples(corpus, tiny_model):
     panels, table_NG, _ = corpus
-    assert model_totals(tiny_model, [], table_NG, "no") == (0.0, 0.0, 0)
+    assert model_totals(tiny_model, [], poisson(tiny_model), table_NG, "no") == (0.0, 0.0, 0)
     assert PanelMeanPredictor(panels, 40).totals([]) == (0.0, 0.0, 0)

@@ -1,0 +1,246 @@
+"""Everything a training run needs, made once: processes, stream, model, optimizer, and what it goes on from."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from txfm_data.panels import Panels
+from txfm_model.config import TrainConfig
+from txfm_model.finetune import start_from
+from txfm_model.initialise import initialise
+from txfm_model.launch import Precision, choose_precision, start_accelerator
+from txfm_model.losses import Loss
+from txfm_model.model import TxFM
+from txfm_model.optimizer import make_optimizer
+from txfm_model.optimizer_state import restore_optimizer
+from txfm_model.provenance import without_secrets
+from txfm_model.run_state import CHECKPOINTS, RunState, check_same_run, checkpoint_name, find_resume, load_run_state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from accelerate import Accelerator
+
+    from shards.manifest import Corpus
+    from shards.stream import MaskedBatch, MaskedStream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a step needs.
+
+    wrapped : the model as Accelerate prepared it (DDP on several processes); forward passes that train go through it.
+    panels_NG : (N, G) bool, which genes each panel measures.
+    resumed : where the run goes on from, if it does.
+    init : of a run that started from another checkpoint: its address and how many genes it shares.
+    """
+
+    config: TrainConfig
+    corpus: "Corpus"
+    accelerator: "Accelerator"
+    stream: "MaskedStream"
+    model: TxFM
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Loss
+    panels_NG: Tensor
+    precision: Precision
+    total_steps: int
+    resumed: RunState | None
+    init: dict[str, Any] | None
+
+    def validation_batches(self) -> "Iterator[MaskedBatch]":
+        """This process's part of the val split; masks never change."""
+        from shards.stream import validation_batches
+
+        loop, processes = self.config.loop, self.accelerator.num_processes
+        return validation_batches(
+            self.corpus,
+            seed=loop.seed,
+            batch_size=max(1, loop.global_batch // processes // loop.accumulation),
+            rank=self.accelerator.process_index,
+            world_size=processes,
+            **_shown(self.config, self.accelerator),
+        )
+
+
+def prepare_run(config: TrainConfig) -> Run:
+    """Join the processes and make everything ready for the first step.
+
+    Raises
+    ------
+    ValueError
+        If corpus, configuration, checkpoint and number of processes do not fit.
+    """
+    from shards.manifest import open_corpus
+
+    corpus = open_corpus(config.shards)
+    check_corpus(config, corpus)
+    accelerator = start_accelerator(config.loop)
+    check_layout(config, accelerator.num_processes)
+    stream = _open_stream(config, corpus, accelerator)
+    total_steps = count_steps(config, stream)
+    resumed, optimizer_state = None, {}
+    folder = _agree_on_resume(config, accelerator)
+    if folder is not None:
+        loaded = load_run_state(folder)
+        _check_resumed(config, corpus, stream, loaded.state)
+        resumed, optimizer_state, model = loaded.state, loaded.optimizer, loaded.model
+        init = resumed.progress.get("init")
+        logger.info("going on after step %d of %d, from %s", resumed.step, total_steps, folder)
+    else:
+        model, init = _new_model(config, corpus)
+    model.set_activation_checkpointing(config.loop.activation_checkpointing)
+    model.to(accelerator.device).train()
+    if config.loop.compile:
+        model.compile()
+    optimizer = make_optimizer(model, config.optim, total_steps)
+    if resumed is not None:
+        restore_optimizer(model, optimizer, optimizer_state)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    return Run(
+        config=config,
+        corpus=corpus,
+        accelerator=accelerator,
+        stream=stream,
+        model=model,
+        wrapped=wrapped,
+        optimizer=prepared,
+        loss=Loss.of(config),
+        panels_NG=panel_table(corpus.panels, len(corpus.vocabulary)).to(accelerator.device),
+        precision=choose_precision(config.loop.precision, accelerator.device, os.environ),
+        total_steps=total_steps,
+        resumed=resumed,
+        init=init,
+    )
+
+
+def check_corpus(config: TrainConfig, corpus: "Corpus") -> None:
+    """Refuse a corpus whose values are not what the configuration takes them for."""
+    if corpus.target_sum != config.model.target_sum:
+        raise ValueError(
+            f"{config.shards}: counts are scaled to {corpus.target_sum:g}, model.target_sum is "
+            f"{config.model.target_sum:g}; make them equal"
+        )
+    if config.loss.needs_counts and corpus.manifest.has_fractions:
+        raise ValueError(
+            f"{config.shards}: loss.kind {config.loss.kind} is a likelihood of whole counts, and this corpus has fractions "
+            f"(txfm info names the datasets); use poisson, mse or smooth_l1, or build shards without them"
+        )
+
+
+def check_layout(config: TrainConfig, processes: int) -> None:
+    """Refuse a global batch that processes and parts cannot share evenly."""
+    loop = config.loop
+    if loop.global_batch % (processes * loop.accumulation):
+        raise ValueError(
+            f"loop.global_batch {loop.global_batch} cannot be shared by {processes} process(es) with loop.accumulation "
+            f"{loop.accumulation}; make it a multiple of {processes * loop.accumulation}"
+        )
+
+
+def count_steps(config: TrainConfig, stream: "MaskedStream") -> int:
+    """Optimizer steps of the run; where datasets have weights, each epoch has a length of its own."""
+    loop = config.loop
+    if loop.epochs is None or not stream.corpus.is_weighted:
+        return loop.total_steps(stream.batches_in_epoch(0))
+    whole = int(loop.epochs)
+    batches = float(sum(map(stream.batches_in_epoch, range(whole))))
+    if loop.epochs > whole:
+        batches += (loop.epochs - whole) * stream.batches_in_epoch(whole)
+    return max(1, round(batches))
+
+
+def panel_table(panels: Panels, n_genes: int) -> Tensor:
+    """Which genes each panel measures, (N, G) bool on the CPU."""
+    table_NG = np.zeros((len(panels), n_genes), dtype=bool)
+    for panel_id in range(len(panels)):
+        table_NG[panel_id, panels.genes(panel_id)] = True
+    return torch.from_numpy(table_NG)
+
+
+def _shown(config: TrainConfig, accelerator: "Accelerator") -> dict[str, Any]:
+    """What a stream gives of each sample."""
+    return {
+        "n_unmasked": config.mask.n_unmasked,
+        "temperature": config.mask.temperature,
+        "scale_library": config.model.preprocessing == "library_log1p",
+        "raw_counts": config.loss.needs_counts,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
+
+
+def _open_stream(config: TrainConfig, corpus: "Corpus", accelerator: "Accelerator") -> "MaskedStream":
+    from shards.stream import MaskedStream
+
+    return MaskedStream(
+        corpus,
+        seed=config.loop.seed,
+        global_batch=config.loop.global_batch,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        **_shown(config, accelerator),
+    )
+
+
+def _new_model(config: TrainConfig, corpus: "Corpus") -> tuple[TxFM, dict[str, Any] | None]:
+    """A model at its start: random, or from the checkpoint `init` as far as that has weights for it."""
+    with torch.device("meta"):
+        model = TxFM(config.model, corpus.vocabulary)
+    model.to_empty(device="cpu")
+    is_scaled = config.model.preprocessing == "library_log1p"
+    initialise(model, seed=config.loop.seed, statistics=corpus.statistics if is_scaled else None)
+    if config.init is None:
+        return model, None
+    counts = start_from(model, TxFM.from_pretrained(config.init))
+    logger.info(
+        "from %s: %d genes keep their rows, %d are new, %d of its own are left out",
+        without_secrets(config.init),
+        counts.shared,
+        counts.new,
+        counts.left_out,
+    )
+    return model, {
+        "checkpoint": without_secrets(config.init),
+        "shared_genes": counts.shared,
+        "new_genes": counts.new,
+        "left_out_genes": counts.left_out,
+    }
+
+
+def _agree_on_resume(config: TrainConfig, accelerator: "Accelerator") -> Path | None:
+    """The checkpoint to go on from, as the main process chooses it; the same on every process."""
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        return find_resume(Path(config.out), config.resume)
+    found = find_resume(Path(config.out), "auto") if accelerator.is_main_process else None
+    step = 0 if found is None else int(found.name.removeprefix("step-"))
+    chosen = int(accelerator.reduce(torch.tensor(step, device=accelerator.device), "sum"))
+    if chosen == 0:
+        return None
+    folder = Path(config.out) / CHECKPOINTS / checkpoint_name(chosen)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: the main process goes on from this checkpoint, and process {accelerator.process_index} does not see it; "
+            f"`out` must be a folder that all machines share"
+        )
+    return folder
+
+
+def _check_resumed(config: TrainConfig, corpus: "Corpus", stream: "MaskedStream", state: RunState) -> None:
+    check_same_run(state.training, config)
+    if state.corpus_fingerprint != corpus.fingerprint:
+        raise ValueError(
+            f"{config.shards}: its fingerprint is {corpus.fingerprint}, the run was started on {state.corpus_fingerprint}; resume "
+            f"with the same shards, or start a new run with init"
+        )
+    stream.position(state.stream)
