@@ -234,6 +234,7 @@ def read_document(path: Path, format_name: str, version: int) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {path.stat().st_size} bytes, expected at most {MAX_DOCUMENT_BYTES}")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+        sha256 = sha256_of_document(document) if isinstance(document, dict) else ""
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
         raise ValueError(f"{path} is damaged: {error}; copy the checkpoint again") from error
     if not isinstance(document, dict) or document.get("format") != format_name:
@@ -243,7 +244,7 @@ def read_document(path: Path, format_name: str, version: int) -> dict[str, Any]:
             f"{path}: format version {document.get('format_version')!r}, this program reads "
             f"{version}; install the version of txfm that wrote it"
         )
-    if document.get("sha256") != sha256_of_document(document):
+    if document.get("sha256") != sha256:
         raise ValueError(f"{path} was changed after it was written (its sha256 differs); copy the checkpoint again")
     return document
 

@@ -48,19 +48,19 @@ def full_disk_is_named(folder: Path, needed: int) -> Iterator[None]:
 
 
 @contextmanager
-def only_writer(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[bool]:
+def only_writer(folder: Path, *, waits: bool = True) -> Iterator[bool]:
     """Hold the lock of a folder: True while no other living process writes there, so that leftovers are nobody's.
 
     The system frees the lock when a process dies, however it dies. False where the file system has no locks, or with
-    `wait_s` 0 where somebody else holds it.
+    `waits=False` where somebody else holds it.
 
     Raises
     ------
     OSError
-        If another process still holds it after `wait_s` seconds.
+        If another process still holds it after a minute.
     """
     with (folder / LOCK).open("a") as handle:
-        until = time.monotonic() + wait_s
+        until = time.monotonic() + LOCK_WAIT_S
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,11 +68,11 @@ def only_writer(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[bool]:
                 break
             except BlockingIOError:
                 is_alone = False
-                if wait_s == 0:
+                if not waits:
                     break
                 if time.monotonic() > until:
                     raise OSError(
-                        f"{folder}: another process has been writing a checkpoint there for {wait_s:g} s; two runs must "
+                        f"{folder}: another process has been writing a checkpoint there for {LOCK_WAIT_S:g} s; two runs must "
                         f"not share a folder, give another out"
                     ) from None
                 time.sleep(0.05)

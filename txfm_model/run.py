@@ -20,7 +20,15 @@ from txfm_model.model import TxFM
 from txfm_model.optimizer import make_optimizer
 from txfm_model.optimizer_state import restore_optimizer
 from txfm_model.provenance import without_secrets
-from txfm_model.run_state import CHECKPOINTS, RunState, check_same_run, checkpoint_name, find_resume, load_run_state
+from txfm_model.run_state import (
+    CHECKPOINTS,
+    RunState,
+    check_same_run,
+    checkpoint_name,
+    find_resume,
+    load_run_state,
+    remove_leftovers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +47,7 @@ class Run:
 
     wrapped : the model as Accelerate prepared it (DDP on several processes); forward passes that train go through it.
     panels_NG : (N, G) bool, which genes each panel measures.
+    is_sharded : whether FSDP has cut the parameters into parts; what looks at them outside of a step gathers them first.
     resumed : where the run goes on from, if it does.
     init : of a run that started from another checkpoint: its address and how many genes it shares.
     """
@@ -54,6 +63,7 @@ class Run:
     panels_NG: Tensor
     precision: Precision
     total_steps: int
+    is_sharded: bool
     resumed: RunState | None
     init: dict[str, Any] | None
 
@@ -86,6 +96,10 @@ def prepare_run(config: TrainConfig) -> Run:
     check_corpus(config, corpus)
     accelerator = start_accelerator(config.loop)
     check_layout(config, accelerator.num_processes)
+    if _is_fsdp(accelerator) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        from txfm_model.fsdp import check_fsdp
+
+        check_fsdp(accelerator, os.environ)
     stream = _open_stream(config, corpus, accelerator)
     total_steps = count_steps(config, stream)
     resumed, optimizer_state = None, {}
@@ -102,10 +116,7 @@ def prepare_run(config: TrainConfig) -> Run:
     model.to(accelerator.device).train()
     if config.loop.compile:
         model.compile()
-    optimizer = make_optimizer(model, config.optim, total_steps)
-    if resumed is not None:
-        restore_optimizer(model, optimizer, optimizer_state)
-    wrapped, prepared = accelerator.prepare(model, optimizer)
+    wrapped, optimizer = _prepare(accelerator, model, make_optimizer(model, config.optim, total_steps), optimizer_state)
     return Run(
         config=config,
         corpus=corpus,
@@ -113,14 +124,37 @@ def prepare_run(config: TrainConfig) -> Run:
         stream=stream,
         model=model,
         wrapped=wrapped,
-        optimizer=prepared,
+        optimizer=optimizer,
         loss=Loss.of(config),
         panels_NG=panel_table(corpus.panels, len(corpus.vocabulary)).to(accelerator.device),
         precision=choose_precision(config.loop.precision, accelerator.device, os.environ),
         total_steps=total_steps,
+        is_sharded=_is_fsdp(accelerator),
         resumed=resumed,
         init=init,
     )
+
+
+def _is_fsdp(accelerator: "Accelerator") -> bool:
+    from accelerate import DistributedType
+
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def _prepare(
+    accelerator: "Accelerator", model: TxFM, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Hand model and optimizer to Accelerate, and give the optimizer what it goes on with."""
+    if not _is_fsdp(accelerator):
+        if state:
+            restore_optimizer(model, optimizer, state)
+        return accelerator.prepare(model, optimizer)
+    from txfm_model.fsdp import load_full_optimizer_tensors
+
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    if state:
+        load_full_optimizer_tensors(wrapped, prepared, state)
+    return wrapped, prepared
 
 
 def check_corpus(config: TrainConfig, corpus: "Corpus") -> None:
@@ -218,6 +252,8 @@ def _new_model(config: TrainConfig, corpus: "Corpus") -> tuple[TxFM, dict[str, A
 
 def _agree_on_resume(config: TrainConfig, accelerator: "Accelerator") -> Path | None:
     """The checkpoint to go on from, as the main process chooses it; the same on every process."""
+    if accelerator.is_main_process:
+        remove_leftovers(Path(config.out))
     if config.resume is None:
         return None
     if config.resume != "auto":

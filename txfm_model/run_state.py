@@ -144,7 +144,7 @@ def remove_leftovers(out: Path) -> list[Path]:
     folder = out / CHECKPOINTS
     if not folder.is_dir():
         return []
-    with only_writer(folder, wait_s=0) as is_alone:
+    with only_writer(folder, waits=False) as is_alone:
         return _remove_leftovers(folder) if is_alone else []
 
 

@@ -81,7 +81,12 @@ def _without_reduction(run: "Run", *, is_last: bool) -> AbstractContextManager[o
 def _clip(run: "Run") -> Tensor:
     """Norm of the gradient over all parameters, which is scaled down to `optim.clip_norm` if it is larger."""
     parameters = [parameter for parameter in run.wrapped.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if run.is_sharded:
+        from txfm_model.fsdp import gradient_norm  # DTensors take their time to import
+
+        norm = gradient_norm(parameters)
+    else:
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if run.config.optim.clip_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, run.config.optim.clip_norm, norm)
     return norm

@@ -19,6 +19,7 @@ from torch import Tensor
 from txfm_data.progress import Progress, ignore
 from txfm_model.config import TrainConfig, config_to_dict
 from txfm_model.metrics import METRICS, MetricsWriter
+from txfm_model.model import TxFM
 from txfm_model.optimizer import learning_rate
 from txfm_model.optimizer_state import optimizer_tensors
 from txfm_model.preemption import Preempted, StopSignals
@@ -29,7 +30,6 @@ from txfm_model.run_state import (
     RunState,
     check_same_run,
     find_resume,
-    remove_leftovers,
     remove_old,
     save_run_state,
 )
@@ -79,14 +79,12 @@ def train(config: TrainConfig, *, progress: Progress = ignore) -> dict[str, Any]
     run = prepare_run(config)
     is_main = run.accelerator.is_main_process
     with StopSignals() as signals:
-        if is_main:
-            remove_leftovers(out)
         loop = _Loop(run, out, signals, progress if is_main else ignore)
         results = loop.run_all()
-        if is_main:
-            run.model.statistics = run.corpus.statistics
-            run.model.provenance = loop.provenance() | {"results": results}
-            save_checkpoint(run.model, out / "checkpoint")
+        model, _ = loop.gathered()
+        if model is not None:
+            model.statistics, model.provenance = run.corpus.statistics, loop.provenance() | {"results": results}
+            save_checkpoint(model, out / "checkpoint")
         run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return results | _paths(out)
@@ -227,27 +225,40 @@ class _Loop:
         run = self.run
         with self._says_what_is_kept():
             window = self.window.state(run.accelerator, self.step)
-        error: OSError | ValueError | None = None
-        folder = None
-        weights = optimizer_tensors(run.model, run.optimizer)
-        if run.accelerator.is_main_process:
-            run.model.statistics = run.corpus.statistics
-            run.model.provenance = self.provenance()
+        model, optimizer = self.gathered()
+        folder, error = None, None
+        if model is not None:
+            model.statistics, model.provenance = run.corpus.statistics, self.provenance()
             try:
-                folder = save_run_state(self.out, run.model, weights, self._state(batch, window))
-                remove_old(self.out, run.config.loop.keep_checkpoints)
+                folder = save_run_state(self.out, model, optimizer, self._state(batch, window))
             except (OSError, ValueError) as failed:
                 error = failed
-        failures = run.accelerator.reduce(torch.tensor(int(error is not None), device=run.accelerator.device), "sum")
-        if error is not None and (must or isinstance(error, ValueError)):
-            raise error
-        if int(failures) and must:
-            raise OSError(f"step {self.step}: the main process could not write the checkpoint; its message says why")
+        is_fatal = error is not None and (must or not isinstance(error, OSError))
+        answer = torch.tensor(int(is_fatal), device=run.accelerator.device)
+        if int(run.accelerator.reduce(answer, "sum")):
+            raise error or OSError(f"step {self.step}: the main process could not write the checkpoint and says why")
         if error is not None:
-            logger.error(
-                "step %d: no checkpoint was written (%s); training goes on. Make room: %s", self.step, error, self.out
-            )
+            logger.error("step %d: no checkpoint was written, training goes on: %s", self.step, error)
+        elif folder is not None:
+            self._remove_old()
         return folder
+
+    def _remove_old(self) -> None:
+        try:
+            remove_old(self.out, self.run.config.loop.keep_checkpoints)
+        except OSError as error:
+            logger.error("step %d: older checkpoints could not be removed, training goes on: %s", self.step, error)
+
+    def gathered(self) -> tuple[TxFM | None, dict[str, Tensor]]:
+        """Model and optimizer state to be saved, whole, on the main process; None and nothing on the others."""
+        run = self.run
+        if run.is_sharded:
+            from txfm_model.fsdp import full_copy, full_optimizer_tensors
+
+            return full_copy(run.model), full_optimizer_tensors(run.wrapped, run.optimizer)
+        if not run.accelerator.is_main_process:
+            return None, {}
+        return run.model, optimizer_tensors(run.model, run.optimizer)
 
     def _state(self, batch: "MaskedBatch", window: dict[str, Tensor]) -> RunState:
         run = self.run

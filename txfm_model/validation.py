@@ -30,7 +30,12 @@ def validate(run: "Run", step: int) -> dict[str, float | None]:
     NonFiniteError
         If it is not finite.
     """
-    totals = model_totals(run.model, run.validation_batches(), run.loss, run.panels_NG, run.precision)
+    model = run.model
+    if run.is_sharded:
+        from txfm_model.fsdp import whole_model
+
+        model = whole_model(model)
+    totals = model_totals(model, run.validation_batches(), run.loss, run.panels_NG, run.precision)
     loss, excess = means_over_processes(totals, run.accelerator)
     if loss is not None and not math.isfinite(loss):
         raise NonFiniteError(f"step {step}: the validation loss is {loss}; training stopped. Lower optim.lr")

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = [
-    "--model.width=16", "--model.blocks=2", "--model.decoder_blocks=1", "--model.stochastic_depth=0",
+    "--model.width=16", "--model.blocks=2", "--model.decoder_blocks=1", "--model.stochastic_depth=0.3",
     "--mask.n_unmasked=20", "--loop.steps=6", "--loop.global_batch=8", "--loop.log_every=1", "--loop.validate_every=3",
 ]  # fmt: skip
 TWO_CPU_PROCESSES = [
@@ -28,9 +28,10 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def run_train(launcher: list[str], shards: Path, out: Path) -> subprocess.CompletedProcess[str]:
+def run_train(launcher: list[str], shards: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable, *launcher, str(ROOT / "tools" / "train.py"), f"--shards={shards}", f"--out={out}", *OPTIONS, "--json",
+        sys.executable, *launcher, str(ROOT / "tools" / "train.py"), f"--shards={shards}", f"--out={out}", *OPTIONS, *more,
+        "--json",
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "OMP_NUM_THREADS")}
     environment["ACCELERATE_USE_CPU"] = "true"
@@ -42,12 +43,13 @@ def read_lines(out: Path) -> list[dict]:
 
 
 def test_two_processes_give_what_one_gives(tiny_shards, tmp_path):
-    one = run_train([], tiny_shards, tmp_path / "one")
+    """Masks and stochastic depth belong to samples, so one process in two parts and two processes do the same steps."""
+    one = run_train([], tiny_shards, tmp_path / "one", "--loop.accumulation=2")
     two = run_train([*TWO_CPU_PROCESSES, "--main_process_port", free_port()], tiny_shards, tmp_path / "two")
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
     alone, together = json.loads(one.stdout), json.loads(two.stdout)  # one JSON object: only the main process prints
-    assert alone["processes"] == 1
+    assert (alone["processes"], alone["accumulation"]) == (1, 2)
     assert together["processes"] == 2
     assert together["cpu_threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
     assert (together["steps"], together["samples"]) == (6, 48)
