@@ -128,8 +128,33 @@ def shard(folder: Path) -> None:
         ingest.h5ad(folder / f"{name}.h5ad", folder / "store.soma", name, batch="donor", cell_type="cell_type")
 
 
+def embed(folder: Path) -> None:
+    """Counts as h5ad and Zarr, a store, shards, a list of genes, and an untrained model of the shards' genes."""
+    import torch
+
+    from shards.manifest import Corpus
+    from shards.select import ShardConfig
+    from shards.writer import build_shards
+    from tests.zarr_files import write_zarr
+    from txfm_data.store.opening import open_store
+    from txfm_model.config import ModelConfig
+    from txfm_model.model import TxFM
+
+    shard(folder)
+    adata = ad.read_h5ad(folder / "pbmc.h5ad")
+    write_zarr(adata, folder / "pbmc.zarr")
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = sp.csr_matrix(np.log1p(adata.X.toarray()))
+    adata.write_h5ad(folder / "normalised.h5ad")
+    build_shards(open_store(folder / "store.soma"), folder / "corpus.shards", ShardConfig(block_rows=16, lanes=2))
+    torch.manual_seed(0)
+    config = ModelConfig(width=16, blocks=6, heads=2, decoder_blocks=2)
+    TxFM(config, Corpus(folder / "corpus.shards").vocabulary).save_pretrained(folder / "run" / "checkpoint")
+    (folder / "markers.txt").write_text("# markers\ngene7\nENSG00000000042\n")
+
+
 PAGES: dict[str, Callable[[Path], None]] = {
     "ingest_h5ad": h5ad, "ingest_10x": tenx, "ingest_gct": gct, "ingest_star": star, "ingest_table": table,
     "ingest_census": census, "store": stores, "parallel_ingest": large,
-    "shard": shard,
+    "shard": shard, "embed": embed,
 }  # fmt: skip

@@ -13,12 +13,13 @@ VERBS = {
     "store": "Convert a store to the other backend, append one to another, or tidy its fragments.",
     "shard": "Build shuffled training shards from a store.",
     "train": "Train TxFM on a shard corpus.",
-    "embed": "Embed the samples of an h5ad file with a trained model.",
+    "embed": "Embed the samples of a file, a store or a shard corpus with a trained model.",
     "genes": "Write the two gene matrices of a model, with Ensembl ids and symbols, as parquet.",
+    "impute": "Predict the expression of chosen genes, measured or not, with a trained model.",
     "evaluate": "Score a model: relationship recall of its gene representations.",
     "info": "Say what a store, a shard folder or a checkpoint holds.",
     "verify": "Check every checksum and sum of a store, a shard folder or a checkpoint.",
-    "bench": "Measure the stream of training batches beside its parts, their floors, and another loader.",
+    "bench": "Measure the stream of training batches, or training itself, each beside a plain one.",
     "simulate": "Simulate a small multi-dataset corpus with known gene programs.",
     "quickstart": "Run the whole road, from counts to an evaluation, on simulated data or on your own h5ad files.",
 }
@@ -69,6 +70,8 @@ def _main_of(verb: str) -> Callable[[Sequence[str] | None], int]:
             from tools.embed import main as verb_main
         case "genes":
             from tools.genes import main as verb_main
+        case "impute":
+            from tools.impute import main as verb_main
         case "evaluate":
             from tools.evaluate import main as verb_main
         case "info":

@@ -161,7 +161,7 @@ def _embed(options: Options, file: Path, out: Path, terminal: Terminal) -> dict[
         ids = source.columns_with_ensembl_ids()
     best = max(ids, key=lambda name: ids[name], default="index")
     chosen = embed.Options(
-        file=str(file), model=str(out / "run" / "checkpoint"), out=str(out / f"{file.name.removesuffix('.h5ad')}.embedded.h5ad"),
+        input=str(file), model=str(out / "run" / "checkpoint"), out=str(out / f"{file.name.removesuffix('.h5ad')}.embedded.h5ad"),
         gene_ids=None if best == "index" else best, duplicates="sum", empty_samples="nan",
         min_cell_fraction=options.min_cell_fraction, n_unmasked=_GENES_SHOWN, seed=options.seed,
     )  # fmt: skip

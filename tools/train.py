@@ -35,10 +35,9 @@ def summary(result: dict[str, Any]) -> str:
     if result["val_loss"] is None:
         lines.append("no validation: the shards hold no validation sample")
     else:
-        lines.append(
-            f"validation loss {result['val_loss']:.6g}, {result['val_excess']:.4g} above its floor "
-            f"(panel-mean predictor: {result['panel_mean_val_excess']:.4g})"
-        )
+        mean = result["panel_mean_val_excess"]  # None where that predictor has no loss of this kind
+        beside = "" if mean is None else f" (panel-mean predictor: {mean:.4g})"
+        lines.append(f"validation loss {result['val_loss']:.6g}, {result['val_excess']:.4g} above its floor{beside}")
     if result["init"] is not None:
         init = result["init"]
         lines.append(

@@ -1,6 +1,7 @@
 """The configuration of a model and its training: the one home of every hyper-parameter and its default."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -292,13 +293,27 @@ class LoopConfig:
         ):
             _require(value is None or value >= 1, f"loop.{name}", "null or at least 1", value)
 
-    def total_steps(self, batches_per_epoch: int) -> int:
-        """Optimizer steps of the run on a corpus with this many global batches an epoch."""
+    def total_steps(self, batches_in_epoch: Callable[[int], int], *, is_weighted: bool) -> int:
+        """Optimizer steps of a run.
+
+        Parameters
+        ----------
+        batches_in_epoch
+            Global batches of an epoch of the corpus.
+        is_weighted
+            Whether datasets have weights, so that epochs differ in length.
+        """
         if self.steps is not None:
             return self.steps
         if self.epochs is None:
             raise ValueError("give the length of the run: loop.steps or loop.epochs")
-        return max(1, round(self.epochs * batches_per_epoch))
+        if not is_weighted:
+            return max(1, round(self.epochs * batches_in_epoch(0)))
+        whole = int(self.epochs)
+        batches = float(sum(map(batches_in_epoch, range(whole))))
+        if self.epochs > whole:
+            batches += (self.epochs - whole) * batches_in_epoch(whole)
+        return max(1, round(batches))
 
 
 @dataclass(frozen=True, kw_only=True)

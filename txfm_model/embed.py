@@ -1,75 +1,109 @@
-"""Embeddings of samples given as a sparse matrix of counts."""
+"""Embeddings of samples: of a sparse matrix or AnnData in memory, and of files, stores and shards of any size."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from txfm_data.matching import Duplicates, match_columns
 from txfm_data.progress import Progress, ignore
+from txfm_model.embedding.encoding import EncodeOptions, Layer, check_options, over_samples, parse_layer, part_of_matrix
+from txfm_model.embedding.over_files import FileOptions, run_file
+from txfm_model.embedding.samples import Panel, Part, SampleInput
 from txfm_model.model import TxFM
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array, csr_matrix
+
+    from txfm_data.anndata_out import Matrix
+    from txfm_model.embedding.encoding import Compute
 
 
 def embed_anndata(
     model: TxFM,
     adata: Any,
     *,
-    layer: str | None = None,
+    counts_layer: str | None = None,
+    layer: Layer = "final",
     gene_ids: str | None = None,
     symbols: str | None = None,
     library_size: str | None = None,
     duplicates: Duplicates = "error",
-    batch_size: int = 32,
     n_unmasked: int | None = None,
+    views: int = 1,
     seed: int = 0,
+    temperature: float = 0.0,
+    batch_size: int = 32,
+    precision: Literal["auto", "bf16", "no"] = "no",
+    dtype: Literal["float32", "float16"] = "float32",
     progress: Progress = ignore,
 ) -> np.ndarray:
-    """Embed the samples of an AnnData object in memory; `txfm embed` does the same for a file of any size.
+    """Embed the samples of an AnnData object in memory; `embed_file` does the same for what is larger.
 
     Parameters
     ----------
     adata
-        An `anndata.AnnData` (not imported here: a machine that only trains has none) with raw counts in X or `layer`.
+        An `anndata.AnnData` (not imported here: a machine that only trains has none) with raw counts in X or `counts_layer`.
+    layer
+        Layer of the model: "final", or a number as of `TxFM.encode`.
     gene_ids, symbols
         Columns of var with Ensembl gene ids (default: the index) and symbols (used where a column has no such id).
     library_size
         Column of obs with the counts of the whole library, where `adata` holds a slice of the genes; else row sums.
     duplicates
         What to do with several columns of one gene: refuse, sum their counts, or keep the first.
-    batch_size, n_unmasked, seed, progress
-        As in `embed_samples`.
+    n_unmasked, views, seed, temperature, batch_size, precision
+        As in `EncodeOptions`.
+    dtype
+        Of the result.
+    progress
+        Called in samples.
 
     Returns
     -------
     numpy.ndarray
-        (n_obs, D) float32, rows as in `adata`.
+        (n_obs, D), rows as in `adata`.
 
     Raises
     ------
     KeyError, ValueError
         If a named column does not exist, nothing matches, or values cannot be counts.
     """
+    options = EncodeOptions(
+        layer=parse_layer(layer), n_unmasked=n_unmasked, views=views, seed=seed, temperature=temperature, batch_size=batch_size,
+        precision=precision,
+    )  # fmt: skip
+    check_options(model, options)
+    part, panel = part_of_anndata(
+        model, adata, counts_layer=counts_layer, gene_ids=gene_ids, symbols=symbols, library_size=library_size,
+        duplicates=duplicates,
+    )  # fmt: skip
+    width = model.config.width
+    found = over_samples(model, part, [panel], options, width, encoder_of(model, options), progress)
+    return found.astype(dtype, copy=False)
+
+
+def part_of_anndata(
+    model: TxFM,
+    adata: Any,
+    *,
+    counts_layer: str | None,
+    gene_ids: str | None,
+    symbols: str | None,
+    library_size: str | None,
+    duplicates: Duplicates,
+) -> tuple[Part, Panel]:
+    """Samples of an AnnData object in memory as a part, with their panel; arguments as of `embed_anndata`."""
     import scipy.sparse as sp
 
-    counts = sp.csr_matrix(adata.X if layer is None else adata.layers[layer])
+    counts = sp.csr_matrix(adata.X if counts_layer is None else adata.layers[counts_layer])
     ids = adata.var_names.astype(str) if gene_ids is None else adata.var[gene_ids].astype(str)
     names = [""] * adata.n_vars if symbols is None else adata.var[symbols].astype(str).tolist()
     match = match_columns(model.vocabulary, ids.tolist(), names, duplicates=duplicates, where="adata")
     sizes = counts.sum(axis=1, dtype=np.float64).A1 if library_size is None else adata.obs[library_size].to_numpy(float)
     moved = sp.csr_matrix((counts.data, match.column_of[counts.indices], counts.indptr), shape=counts.shape)
-    return embed_samples(
-        model,
-        moved,
-        match.token_ids,
-        sizes,
-        batch_size=batch_size,
-        n_unmasked=n_unmasked,
-        seed=seed,
-        progress=progress,
-    )
+    return part_of_matrix(model, moved, match.token_ids, sizes)
 
 
 def embed_samples(
@@ -78,13 +112,17 @@ def embed_samples(
     token_ids: np.ndarray,
     library_size: np.ndarray,
     *,
-    batch_size: int = 32,
+    layer: Layer = "final",
     n_unmasked: int | None = None,
+    views: int = 1,
     seed: int = 0,
+    temperature: float = 0.0,
+    batch_size: int = 32,
+    precision: Literal["auto", "bf16", "no"] = "no",
     first_row: int = 0,
     progress: Progress = ignore,
 ) -> np.ndarray:
-    """Embed samples on the model's device, in float32.
+    """Embed the samples of a matrix of counts on the model's device.
 
     A row's embedding depends on the row alone (to rounding), not on the batch it is computed in. Memory is
     that of one batch: about batch_size x genes shown x width x 40 bytes.
@@ -99,10 +137,8 @@ def embed_samples(
         (n_vars,) integer. Token id of each column, -1 where the vocabulary has no such gene.
     library_size
         (n,) float64. Counts of each sample over all genes profiled in its source, matched or not.
-    batch_size
-        Samples computed at a time.
-    n_unmasked
-        Genes shown of each sample, as (seed, row) decide; None, or more than there are, shows all matched.
+    layer, n_unmasked, views, seed, temperature, batch_size, precision
+        As in `EncodeOptions`.
     first_row
         Number of the first row, for draws and messages, when a matrix is embedded in parts.
     progress
@@ -119,107 +155,75 @@ def embed_samples(
         On NaN, infinite or negative counts, a library size that is not above 0, columns that match no gene of
         the vocabulary, or two columns for one gene.
     """
-    token_ids = np.asarray(token_ids)
-    library_size = np.asarray(library_size, dtype=np.float64)
-    place, genes_P = _shown_columns(model, counts, token_ids)
-    _check_samples(counts, library_size, first_row)
-    for name, value in (("batch_size", batch_size), ("n_unmasked", n_unmasked)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    embeddings_ND = np.empty((counts.shape[0], model.config.width), dtype=np.float32)
-    was_training = model.training
-    model.eval()
-    for start in range(0, counts.shape[0], batch_size):
-        stop = min(start + batch_size, counts.shape[0])
-        values_BP = _log1p_rows(counts, start, stop, place, len(genes_P), library_size, model.config.target_sum)
-        gene_ids_BP = np.broadcast_to(genes_P, values_BP.shape)
-        if n_unmasked is not None and n_unmasked < len(genes_P):
-            position_BK = _draw_positions(len(genes_P), n_unmasked, seed, first_row + start, first_row + stop)
-            values_BP = np.take_along_axis(values_BP, position_BK, axis=1)
-            gene_ids_BP = np.take_along_axis(gene_ids_BP, position_BK, axis=1)
-        embeddings_ND[start:stop] = _encode(model, gene_ids_BP, values_BP)
-        progress(stop, counts.shape[0])
-    model.train(was_training)
-    return embeddings_ND
+    options = EncodeOptions(
+        layer=parse_layer(layer), n_unmasked=n_unmasked, views=views, seed=seed, temperature=temperature, batch_size=batch_size,
+        precision=precision,
+    )  # fmt: skip
+    check_options(model, options)
+    part, panel = part_of_matrix(model, counts, token_ids, library_size, first_row)
+    return over_samples(model, part, [panel], options, model.config.width, encoder_of(model, options), progress)
 
 
-@torch.inference_mode()
-def _encode(model: TxFM, gene_ids_BK: np.ndarray, values_BK: np.ndarray) -> np.ndarray:
-    device = model.head.weight.device
-    gene_ids = torch.from_numpy(np.array(gene_ids_BK)).to(device)  # a copy: it may be a read-only view
-    return model.encode(gene_ids, torch.from_numpy(values_BK).to(device)).cpu().numpy()
+def encoder_of(model: TxFM, options: EncodeOptions) -> "Compute":
+    """Return the function that gives the chosen layer of shown samples."""
+
+    def encode(gene_ids_BK: Tensor, values_BK: Tensor, panel: Panel) -> np.ndarray:
+        found: np.ndarray = model.encode(gene_ids_BK, values_BK, layer=options.layer).float().cpu().numpy()
+        return found
+
+    return encode
 
 
-def _shown_columns(
-    model: TxFM, counts: "csr_matrix | csr_array", token_ids: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Place of each column among the shown genes (n_vars,), -1 for none; token ids of those genes (P,)."""
-    if token_ids.shape != (counts.shape[1],):
-        raise ValueError(f"token_ids: expected one for each of the {counts.shape[1]} columns, got {token_ids.shape}")
-    if len(token_ids) and token_ids.max() >= len(model.vocabulary):
-        raise ValueError(f"token_ids: {token_ids.max()} is not in the vocabulary of {len(model.vocabulary)} genes")
-    columns = np.flatnonzero(token_ids >= 0)
-    if len(columns) == 0:
-        raise ValueError(
-            f"none of the {counts.shape[1]} genes is in the model's vocabulary of {len(model.vocabulary)}; "
-            f"check that ids are Ensembl gene ids of the same species"
-        )
-    columns = columns[np.argsort(token_ids[columns], kind="stable")]
-    genes_P = token_ids[columns].astype(np.int64)
-    twice = genes_P[1:][genes_P[1:] == genes_P[:-1]]
-    if len(twice):
-        raise ValueError(
-            f"{len(twice)} gene(s) have more than one column, for example "
-            f"{model.vocabulary.gene_ids[twice[0]]}; keep one column for each gene"
-        )
-    place = np.full(counts.shape[1], -1, dtype=np.int64)
-    place[columns] = np.arange(len(columns))
-    return place, genes_P
+def embed_file(
+    model: TxFM,
+    source: str | Path,
+    out: str | Path,
+    *,
+    embed_key: str = "X_txfm",
+    options: EncodeOptions | None = None,
+    files: FileOptions | None = None,
+) -> dict[str, Any]:
+    """Embed all samples of a file, store or shard corpus, in bounded memory, into an h5ad or Zarr file that is there whole or not.
 
+    An h5ad file goes to a copy of itself with the embedding in obsm; all else to a new object with obs and obsm. With several
+    processes each computes its parts and the first writes the result, which is the one that one process gives.
 
-def _check_samples(counts: "csr_matrix | csr_array", library_size: np.ndarray, first_row: int) -> None:
-    if counts.format != "csr":
-        raise TypeError(f"counts must be a scipy CSR matrix, got format {counts.format}; call .tocsr()")
-    if library_size.shape != (counts.shape[0],):
-        raise ValueError(f"library_size: expected one for each of {counts.shape[0]} rows, got {library_size.shape}")
-    bad_entries = np.flatnonzero(~(np.isfinite(counts.data) & (counts.data >= 0)))
-    if len(bad_entries):
-        row = int(np.searchsorted(counts.indptr, bad_entries[0], side="right")) - 1 + first_row
-        value = counts.data[bad_entries[0]]
-        raise ValueError(f"row {row}: counts must be finite and not negative, got {value}; embed raw counts")
-    bad_rows = np.flatnonzero(~(np.isfinite(library_size) & (library_size > 0)))
-    if len(bad_rows):
-        raise ValueError(
-            f"row {bad_rows[0] + first_row}: library size must be above 0, got {library_size[bad_rows[0]]} "
-            f"({len(bad_rows)} such row(s)); remove samples without counts"
-        )
+    Parameters
+    ----------
+    source
+        An h5ad file, AnnData in Zarr, a store or a shard corpus.
+    out
+        Name that ends in .h5ad or .zarr; there must be nothing yet.
+    embed_key
+        Name in obsm.
+    options, files
+        How samples are shown, and how files are read and written.
 
+    Returns
+    -------
+    dict
+        out, obsm, n_obs, width and what else `run_file` returns; empty but for the first process.
 
-def _log1p_rows(
-    counts: "csr_matrix | csr_array",
-    start: int,
-    stop: int,
-    place: np.ndarray,
-    n_shown: int,
-    library_size: np.ndarray,
-    target_sum: float,
-) -> np.ndarray:
-    """Rows start..stop as dense ln(1 + L c / library size) over the shown genes, (B, P) float32."""
-    entries = slice(counts.indptr[start], counts.indptr[stop])
-    rows = np.repeat(np.arange(stop - start), np.diff(counts.indptr[start : stop + 1]))
-    columns = place[counts.indices[entries]]
-    shown = columns >= 0
-    dense_BP = np.zeros((stop - start, n_shown), dtype=np.float64)
-    np.add.at(dense_BP, (rows[shown], columns[shown]), counts.data[entries][shown])
-    dense_BP *= (target_sum / library_size[start:stop])[:, None]
-    return np.log1p(dense_BP).astype(np.float32)
+    Raises
+    ------
+    FileExistsError, FileNotFoundError, ValueError, OSError
+        With nothing left at `out` or beside it.
+    """
+    options, files = options or EncodeOptions(), files or FileOptions()
+    if not embed_key or "/" in embed_key:
+        raise ValueError(f"--embed-key must be a name without a slash, got {embed_key!r}")
 
+    def write(opened: SampleInput, path: Path, matrix: "Matrix", about: dict[str, Any]) -> None:
+        from txfm_data.anndata_out import copy_with, output_format, write_anndata
 
-def _draw_positions(n_genes: int, n_unmasked: int, seed: int, first_row: int, stop_row: int) -> np.ndarray:
-    """Positions drawn for each row, (B, K) int64: a function of (seed, row)."""
-    from txfm_data.kernels import draw_rows  # numba, needed only here
+        uns = {f"txfm_{embed_key}": about}
+        if opened.kind == "h5ad" and output_format(path) == "h5ad":
+            copy_with(source, path, n_obs=opened.n_obs, matrices=[matrix], uns=uns)
+        else:
+            write_anndata(path, n_obs=opened.n_obs, obs=opened.obs(), var=None, matrices=[matrix], uns=uns)
 
-    identity, swaps = np.arange(n_genes, dtype=np.uint16), np.empty(n_unmasked, dtype=np.uint32)
-    drawn_BK = np.empty((stop_row - first_row, n_unmasked), dtype=np.uint16)
-    draw_rows(seed, 0, np.arange(first_row, stop_row), identity, swaps, drawn_BK)
-    return drawn_BK.astype(np.int64)
+    result = run_file(
+        model, source, out, element=f"obsm/{embed_key}", width=model.config.width, compute=encoder_of(model, options),
+        options=options, files=files, write=write,
+    )  # fmt: skip
+    return {**result, "obsm": embed_key} if result else {}

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from txfm_model.config import ModelConfig
-from txfm_model.stochastic_depth import stochastic_depth_rates
+from txfm_model.stochastic_depth import WHOLE, BranchScales, BranchShare, branch_shares, stochastic_depth_rates
 
 LAYER_NORM_EPS = 1e-6
 
@@ -29,9 +29,20 @@ class Attention(nn.Module):
             q_BQD = F.linear(x_BTD[:, :n_queries], self.qkv.weight[:D], self.qkv.bias[:D])
             k_BTD, v_BTD = F.linear(x_BTD, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=-1)
         q_BHQC, k_BHTC, v_BHTC = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q_BQD, k_BTD, v_BTD))
-        out_BHQC = F.scaled_dot_product_attention(q_BHQC, k_BHTC, v_BHTC, attn_mask=visible_B11T)
+        out_BHQC = _attend(q_BHQC, k_BHTC, v_BHTC, visible_B11T)
         out_BQD: Tensor = self.out(out_BHQC.transpose(1, 2).flatten(-2))
         return out_BQD
+
+
+def _attend(q_BHQC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, visible_B11T: Tensor | None) -> Tensor:
+    if q_BHQC.device.type != "cpu" or q_BHQC.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q_BHQC, k_BHTC, v_BHTC, attn_mask=visible_B11T)
+    # On a CPU torch's attention takes a third longer in bf16 than in float32, although matrix products take half as long.
+    with torch.autocast("cpu", enabled=False):
+        out_BHQC = F.scaled_dot_product_attention(
+            q_BHQC.float(), k_BHTC.float(), v_BHTC.float(), attn_mask=visible_B11T
+        )
+    return out_BHQC
 
 
 class LayerScale(nn.Module):
@@ -61,19 +72,23 @@ class Block(nn.Module):
         self.mlp_scale = LayerScale(D, config.layerscale_init)
 
     def forward(
-        self, x_BTD: Tensor, visible_B11T: Tensor | None, n_queries: int, branch_scale_2B: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        visible_B11T: Tensor | None,
+        n_queries: int,
+        attention_share: BranchShare = WHOLE,
+        mlp_share: BranchShare = WHOLE,
     ) -> Tensor:
         """State of the first `n_queries` tokens after the block, (B, n_queries, D).
 
-        `branch_scale_2B`, (2, B) float32, is what each sample's branches are multiplied by; None is 1 for all.
+        The shares say which samples have each branch, and what it is multiplied by.
         """
-        attended_BQD = self.attention_scale(self.attention(self.attention_norm(x_BTD), visible_B11T, n_queries))
-        x_BQD = _add_branch(x_BTD[:, :n_queries], attended_BQD, branch_scale_2B, 0)
-        return _add_branch(x_BQD, self.mlp_scale(self.mlp(self.mlp_norm(x_BQD))), branch_scale_2B, 1)
-
-
-def _add_branch(x_BQD: Tensor, branch_BQD: Tensor, branch_scale_2B: Tensor | None, row: int) -> Tensor:
-    return x_BQD + (branch_BQD if branch_scale_2B is None else branch_BQD * branch_scale_2B[row, :, None, None])
+        kept = attention_share.kept
+        if kept is not None and visible_B11T is not None:
+            visible_B11T = visible_B11T[kept]
+        attended_BQD = self.attention(self.attention_norm(attention_share.choose(x_BTD)), visible_B11T, n_queries)
+        x_BQD = attention_share.add(x_BTD[:, :n_queries], self.attention_scale(attended_BQD))
+        return mlp_share.add(x_BQD, self.mlp_scale(self.mlp(self.mlp_norm(mlp_share.choose(x_BQD)))))
 
 
 class Encoder(nn.Module):
@@ -87,7 +102,9 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.checkpoints_activations = False
 
-    def forward(self, tokens_BKD: Tensor, n_unmasked_B: Tensor | None, branch_scale_RB: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_BKD: Tensor, n_unmasked_B: Tensor | None, branch_scale_RB: BranchScales | None = None
+    ) -> Tensor:
         """CLS after the final norm, (B, D) float32. Tokens from `n_unmasked_B` on are padding."""
         cls_BD: Tensor = self.norm(self.cls_after(len(self.blocks), tokens_BKD, n_unmasked_B, branch_scale_RB))
         return cls_BD.float()
@@ -97,7 +114,7 @@ class Encoder(nn.Module):
         n_blocks: int,
         tokens_BKD: Tensor,
         n_unmasked_B: Tensor | None,
-        branch_scale_RB: Tensor | None = None,
+        branch_scale_RB: BranchScales | None = None,
     ) -> Tensor:
         """CLS as it is after the first `n_blocks` blocks, (B, D), without the final norm."""
         B, K, _ = tokens_BKD.shape
@@ -108,9 +125,9 @@ class Encoder(nn.Module):
         if n_unmasked_B is not None:
             token_T = torch.arange(K + 1, device=tokens_BKD.device)
             visible_B11T = (token_T <= n_unmasked_B[:, None])[:, None, None, :]  # token 0 is CLS, always visible
+        shares = branch_shares(branch_scale_RB, self.rates, x_BTD.device)
         for i, block in enumerate(self.blocks[:n_blocks]):
-            scale_2B = None if branch_scale_RB is None else branch_scale_RB[2 * i : 2 * i + 2]
-            arguments = (x_BTD, visible_B11T, 1 if i == n_blocks - 1 else K + 1, scale_2B)
+            arguments = (x_BTD, visible_B11T, 1 if i == n_blocks - 1 else K + 1, *shares[2 * i : 2 * i + 2])
             if self.checkpoints_activations and torch.is_grad_enabled():
                 # A block draws nothing at random, so that there is no state of a generator to go back to.
                 x_BTD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -16,6 +16,7 @@ from txfm_model.decoder import Decoder, GeneHead
 from txfm_model.encoder import Encoder
 from txfm_model.initialise import initialise
 from txfm_model.prediction import Prediction
+from txfm_model.stochastic_depth import BranchScales
 from txfm_model.tokens import GeneTokens
 
 
@@ -58,7 +59,7 @@ class TxFM(nn.Module, ModelHubMixin, library_name="txfm", tags=["rna-seq", "sing
         values_BK: Tensor,
         n_unmasked_B: Tensor | None = None,
         *,
-        branch_scale_RB: Tensor | None = None,
+        branch_scale_RB: BranchScales | None = None,
         layer: int | str | None = None,
     ) -> Tensor:
         """Embed samples: CLS after the final norm, (B, D) float32, or the state after another layer.
@@ -116,7 +117,7 @@ class TxFM(nn.Module, ModelHubMixin, library_name="txfm", tags=["rna-seq", "sing
         n_unmasked_B: Tensor | None = None,
         *,
         measured_BG: Tensor | None = None,
-        branch_scale_RB: Tensor | None = None,
+        branch_scale_RB: BranchScales | None = None,
     ) -> Prediction:
         """Predict the log1p value of every gene, (B, G) float32; arguments as in `encode`.
 

@@ -15,8 +15,9 @@ PACKAGES = ("txfm", "torch", "numpy", "numba", "pyarrow", "webdataset", "acceler
 def describe_origin(config: TrainConfig, corpus_fingerprint: str) -> dict[str, Any]:
     """Plain values for config.json of a checkpoint."""
     training = config_to_dict(config)
-    training["shards"] = without_secrets(config.shards)
-    training["out"] = without_secrets(config.out)
+    for name in ("shards", "out", "init", "resume"):
+        if training[name] is not None:
+            training[name] = without_secrets(training[name])
     return {
         "corpus_fingerprint": corpus_fingerprint,
         "commit": git_commit(),

@@ -101,7 +101,7 @@ def prepare_run(config: TrainConfig) -> Run:
 
         check_fsdp(accelerator, os.environ)
     stream = _open_stream(config, corpus, accelerator)
-    total_steps = count_steps(config, stream)
+    total_steps = config.loop.total_steps(stream.batches_in_epoch, is_weighted=corpus.is_weighted)
     resumed, optimizer_state = None, {}
     folder = _agree_on_resume(config, accelerator)
     if folder is not None:
@@ -172,25 +172,16 @@ def check_corpus(config: TrainConfig, corpus: "Corpus") -> None:
 
 
 def check_layout(config: TrainConfig, processes: int) -> None:
-    """Refuse a global batch that processes and parts cannot share evenly."""
+    """Refuse a global batch that processes and parts cannot share evenly; the error names batches that would do."""
     loop = config.loop
-    if loop.global_batch % (processes * loop.accumulation):
+    parts = processes * loop.accumulation
+    below = loop.global_batch // parts * parts
+    if loop.global_batch != below:
+        near = " or ".join(str(batch) for batch in (below, below + parts) if batch)
         raise ValueError(
-            f"loop.global_batch {loop.global_batch} cannot be shared by {processes} process(es) with loop.accumulation "
-            f"{loop.accumulation}; make it a multiple of {processes * loop.accumulation}"
+            f"loop.global_batch {loop.global_batch} cannot be cut into {loop.accumulation} equal part(s) on each of {processes} "
+            f"process(es); take {near}, or another loop.accumulation"
         )
-
-
-def count_steps(config: TrainConfig, stream: "MaskedStream") -> int:
-    """Optimizer steps of the run; where datasets have weights, each epoch has a length of its own."""
-    loop = config.loop
-    if loop.epochs is None or not stream.corpus.is_weighted:
-        return loop.total_steps(stream.batches_in_epoch(0))
-    whole = int(loop.epochs)
-    batches = float(sum(map(stream.batches_in_epoch, range(whole))))
-    if loop.epochs > whole:
-        batches += (loop.epochs - whole) * stream.batches_in_epoch(whole)
-    return max(1, round(batches))
 
 
 def panel_table(panels: Panels, n_genes: int) -> Tensor:

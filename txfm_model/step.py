@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from txfm_model.encoder import stochastic_depth_rates
 from txfm_model.launch import autocast
 from txfm_model.losses import measured_mask
 from txfm_model.optimizer import set_learning_rate
-from txfm_model.stochastic_depth import branch_scales
+from txfm_model.stochastic_depth import BranchScales, branch_scales, stochastic_depth_rates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,8 +59,12 @@ def train_step(run: "Run", batch: "MaskedBatch", lr: float, window: "TrainWindow
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def _parts(run: "Run", batch: "MaskedBatch") -> "Iterator[tuple[MaskedBatch, Tensor | None]]":
-    """Parts of a batch, with the stochastic depth of each branch and sample, (2 blocks, B) on the device."""
+def _parts(run: "Run", batch: "MaskedBatch") -> "Iterator[tuple[MaskedBatch, BranchScales | None]]":
+    """Parts of a batch, with the stochastic depth of each branch and sample.
+
+    As an array, so that branches which samples are without are not computed; a compiled model wants the same shapes in
+    every step, and gets a tensor.
+    """
     model, loop = run.config.model, run.config.loop
     rates = stochastic_depth_rates(model.blocks, model.stochastic_depth)
     for part in batch.split(loop.accumulation):
@@ -69,7 +72,7 @@ def _parts(run: "Run", batch: "MaskedBatch") -> "Iterator[tuple[MaskedBatch, Ten
             yield part, None
             continue
         scales_RB = branch_scales(rates, loop.seed, part.epoch, part.sample_id.numpy())
-        yield part, torch.from_numpy(scales_RB).to(run.accelerator.device)
+        yield part, torch.from_numpy(scales_RB).to(run.accelerator.device) if loop.compile else scales_RB
 
 
 def _without_reduction(run: "Run", *, is_last: bool) -> AbstractContextManager[object]:

@@ -39,7 +39,9 @@ class TrainWindow:
         """Record one part of a step of this process."""
         self._parts.append((sample_id_B, torch.stack([loss.loss_B, loss.excess_B, loss.sum_B]).detach()))
         self._measured_G |= measured_BG.any(0)
-        self._alive_G |= ((predicted_BG > 0) & measured_BG).any(0)  # above 0 exactly where the logit is
+        self._alive_G |= ((predicted_BG > 0) & measured_BG).any(
+            0
+        )  # with a rectified activation, where the logit is above 0
 
     @torch.no_grad()
     def end_step(self, gradient_norm: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`txfm bench loader`: every row in the table and in the JSON, and errors that say what to do."""
+"""`txfm bench loader` and `train`: every row in the table and in the JSON, and errors that say what to do."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shards.bench.corpus import DropletConfig, write_corpus
+from tests.test_bare_import import run_blocked
 from tools import bench
 
 SMALL = ["--samples", "3000", "--genes", "8000", "--rounds", "1"]
@@ -70,6 +71,61 @@ def test_a_python_without_annbatch(tmp_path, capsys):
     assert "nothing does not start" in capsys.readouterr().err
 
 
+TINY = ["--samples", "200", "--genes", "300", "--width", "16", "--blocks", "2", "--heads", "2", "--batch", "8"]
+TINY += ["--n-unmasked", "32", "--steps", "1", "--rounds", "1", "--no-memory", "--threads", "1", "--device", "cpu"]
+
+
+def test_training_is_measured(tmp_path, capsys):
+    out = tmp_path / "found.json"
+    assert bench.main(["train", "--json", *TINY, "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert json.loads(out.read_text()) == result
+    assert "simulating 200/200 samples" in shown.err
+    assert [row["name"] for row in result["rows"]][:4] == ["plain_float32", "fast_float32", "plain_bf16", "fast_bf16"]
+    assert len(result["rows"]) == 4 and result["savings"] == []
+    for row in result["rows"]:
+        assert row["samples_per_s"] > 0 and row["matmul_share"] > 0
+        assert row["flops_per_sample_by_torch"] == pytest.approx(row["flops_executed_per_sample"], rel=1e-9)
+    goals = {goal["name"]: goal for goal in result["goals"]}
+    assert goals["fast_to_plain"]["value"] > 0 and goals["fast_to_plain"]["is_met"] is None
+    assert goals["memory_float32"]["why"] == "memory was not measured"
+    assert goals["data_wait"]["value"] >= 0
+    assert (result["settings"]["model"]["width"], result["settings"]["batch"]) == (16, 8)
+    text = bench.summarize_train(result)
+    for entry in (*result["rows"], *result["goals"]):
+        assert (entry.get("label") or entry["about"]) in text
+    assert max(map(len, text.splitlines())) <= 132
+
+
+def test_training_on_a_corpus_that_is_there(tmp_path, capsys):
+    folder = write_corpus(tmp_path / "c", DropletConfig(samples=300, genes=500, block_rows=32))
+    assert bench.main(["train", *TINY, "--shards", str(folder), "--precisions", "no"]) == 1
+    assert "multiple of 16" in capsys.readouterr().err
+    arguments = ["train", *TINY, "--shards", str(folder), "--precisions", "no", "--batch", "16"]
+    assert bench.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert f"batch 16, samples of {folder}" in text and "bf16" not in text.split("number")[0].splitlines()[-3]
+
+
+def test_training_is_measured_on_a_bare_image():
+    done = run_blocked(
+        f"from tools.bench import main\nsys.exit(main(['train', '--json', '--precisions', 'no', *{TINY!r}]))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["rows"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on the way through its compiler
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_training_is_measured_when_compiled(capsys):
+    assert bench.main(["train", "--json", *TINY, "--compile", "--precisions", "no"]) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][-1]
+    assert row["name"] == "fast_float32_compiled"
+    assert row["samples_per_s"] > 0 or row["why"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -78,6 +134,10 @@ def test_a_python_without_annbatch(tmp_path, capsys):
         (["loader", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["loader", "--annbatch-python", "python"], "--annbatch-collection together"),
         (["loader", "--out", "/nowhere/at/all.json"], "there is no folder"),
+        (["train", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["train", "--precisions", "no", "no"], "--precisions takes no, bf16 or both, got no no"),
+        (["train", "--preset", "xl"], "preset"),
+        (["train", "--out", "/nowhere/at/all.json"], "there is no folder"),
     ],
 )
 def test_wrong_use(capsys, arguments, message):

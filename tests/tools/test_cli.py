@@ -36,7 +36,7 @@ def test_nothing_asked_for_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_an_unknown_verb_is_refused_with_the_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["simulat", "x"]) == 2
-    assert capsys.readouterr() == ("", "txfm: error: no verb 'simulat'; did you mean simulate?\n")
+    assert capsys.readouterr() == ("", "txfm: error: no verb 'simulat'; did you mean simulate or impute?\n")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

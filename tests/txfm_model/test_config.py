@@ -54,12 +54,22 @@ def test_refusals(tree, words):
         config_from_dict(TrainConfig, NEEDED | {"loop": {"steps": 1}} | tree)
 
 
+def hundred(epoch: int) -> int:
+    return 100
+
+
 def test_steps_and_epochs():
-    assert LoopConfig(steps=7).total_steps(100) == 7
-    assert LoopConfig(epochs=2.5).total_steps(100) == 250
-    assert LoopConfig(epochs=0.001).total_steps(100) == 1
+    assert LoopConfig(steps=7).total_steps(hundred, is_weighted=False) == 7
+    assert LoopConfig(epochs=2.5).total_steps(hundred, is_weighted=False) == 250
+    assert LoopConfig(epochs=0.001).total_steps(hundred, is_weighted=False) == 1
     with pytest.raises(ValueError, match="loop.steps or loop.epochs"):
-        LoopConfig().total_steps(100)
+        LoopConfig().total_steps(hundred, is_weighted=False)
+
+
+def test_steps_where_epochs_differ_in_length():
+    assert LoopConfig(epochs=2.5).total_steps(lambda epoch: 10 + epoch, is_weighted=True) == 10 + 11 + 6
+    assert LoopConfig(epochs=2.5).total_steps(lambda epoch: 10, is_weighted=False) == 25
+    assert LoopConfig(steps=7).total_steps(lambda epoch: 10 + epoch, is_weighted=True) == 7
 
 
 def test_masks_are_uniform_unless_a_temperature_is_given():

@@ -160,5 +160,5 @@ def test_an_anndata_object_is_embedded_as_its_arrays_are(tiny_shards, tiny_files
     named.layers["counts"], named.obs["size"] = named.X.copy(), sizes
     named.X = np.log1p(named.X.toarray())
     named.var_names = [f"{gene}.{i}" for i, gene in enumerate(named.var_names)]
-    got = model.embed(named[:, ::-1].copy(), layer="counts", symbols="symbol", library_size="size", batch_size=7)
+    got = model.embed(named[:, ::-1].copy(), counts_layer="counts", symbols="symbol", library_size="size", batch_size=7)
     np.testing.assert_allclose(got, expected, atol=1e-5)

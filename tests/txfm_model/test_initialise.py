@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from txfm_data.vocabulary import GeneStatistics
-from txfm_model.activations import rectified_tanh
+from txfm_model.activations import Activation, rectified_tanh
 from txfm_model.config import ModelConfig
 from txfm_model.initialise import initialise
 from txfm_model.model import TxFM
 
 
 @pytest.mark.parametrize("tokens", ["concat_project", "concat"])
-def test_no_parameter_is_left_out(vocabulary, tokens):
-    model = TxFM(ModelConfig(width=16, blocks=2, heads=2, tokens=tokens), vocabulary)
+@pytest.mark.parametrize("count_head", ["none", "nb", "zinb"])
+def test_no_parameter_is_left_out(vocabulary, tokens, count_head):
+    model = TxFM(ModelConfig(width=16, blocks=2, heads=2, tokens=tokens, count_head=count_head), vocabulary)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
@@ -75,3 +76,49 @@ def test_an_impossible_mean_is_refused(tiny_model, statistics):
     wrong = GeneStatistics(statistics.n_measured, statistics.n_nonzero, statistics.mean_log1p + 20)
     with pytest.raises(ValueError, match="build the shards again"):
         initialise(tiny_model, statistics=wrong)
+
+
+@pytest.mark.parametrize("activation", ["rect_tanh", "relu", "clamped_relu", "softmax"])
+@pytest.mark.parametrize("count_head", ["none", "nb", "zinb"])
+def test_each_activation_starts_at_the_corpus_mean(vocabulary, statistics, activation, count_head):
+    config = ModelConfig(width=16, blocks=1, heads=2, activation=activation, count_head=count_head)
+    model = TxFM(config, vocabulary)
+    initialise(model, statistics=statistics)
+    mean_G = torch.from_numpy(statistics.mean_log1p).float()
+    predicted_G = Activation.of(config)(model.head.bias.detach()[None])[0]
+    if activation == "softmax":
+        shares = mean_G.expm1().clamp_min(0.01)
+        torch.testing.assert_close(predicted_G, torch.log1p(1e5 * shares / shares.sum()))
+    else:
+        above = mean_G > 0.35
+        torch.testing.assert_close(predicted_G[above], mean_G[above])
+        assert (predicted_G[~above] > 0.25).all()  # alive
+    if count_head != "none":
+        assert not model.head.log_dispersion.any()
+    if count_head == "zinb":
+        assert (model.head.zero_inflation.bias == -3).all()
+        zero = TxFM(ModelConfig(**{**vars(config), "head_init": "zero"}), vocabulary)
+        assert not zero.head.zero_inflation.bias.any()
+        assert torch.equal(zero.head.zero_inflation.weight, TxFM(config, vocabulary).head.zero_inflation.weight)
+
+
+def test_genes_that_are_never_seen_start_alive(vocabulary):
+    never = GeneStatistics(np.zeros(40, np.int64), np.zeros(40, np.int64), np.zeros(40))
+    for activation in ("rect_tanh", "relu", "clamped_relu", "softmax"):
+        model = TxFM(ModelConfig(width=16, blocks=1, heads=2, activation=activation), vocabulary)
+        initialise(model, statistics=never)
+        assert (model.head.activation(model.head.bias.detach()[None]) > 0.25).all()
+
+
+def test_values_that_are_not_scaled_have_no_statistics(vocabulary, statistics):
+    for activation, start in (("rect_tanh", 0.3), ("relu", 0.3), ("clamped_relu", 0.3), ("softmax", 0.0)):
+        config = ModelConfig(width=16, blocks=1, heads=2, activation=activation, preprocessing="log1p")
+        model = TxFM(config, vocabulary)
+        initialise(model, statistics=statistics)
+        torch.testing.assert_close(model.head.bias, torch.full((40,), start))
+
+
+def test_a_count_head_changes_no_other_start(vocabulary, tiny_config):
+    models = [TxFM(ModelConfig(**{**vars(tiny_config), "count_head": head}), vocabulary) for head in ("none", "zinb")]
+    plain, zinb = (model.state_dict() for model in models)
+    assert all(torch.equal(plain[name], zinb[name]) for name in plain)

@@ -1,0 +1,52 @@
+"""Training of the fast model beside the plain one, as ratios in one run at the size of the goals (slow).
+
+`pytest tests/bench/test_bench_train.py -m slow -s` prints them; bounds are a little below the goals, which
+`txfm bench train` judges, so that a busy machine does not fail them.
+"""
+
+import pytest
+
+from shards.bench.corpus import DropletConfig, write_corpus
+from shards.manifest import Corpus
+from txfm_model.bench.machine import has_avx512_bf16
+from txfm_model.bench.train import PRESETS, BenchConfig, bench_train
+
+LEAST_FLOAT32, LEAST_BF16 = 1.08, 1.4
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    preset = PRESETS["cpu"]
+    droplets = DropletConfig(samples=2_048, genes=20_000, lanes=8)
+    folder = write_corpus(tmp_path_factory.mktemp("bench") / "shards", droplets)
+    config = BenchConfig(model=preset.model, batch=8, n_unmasked=preset.n_unmasked, steps=2, rounds=5)
+    result = bench_train(Corpus(folder), config)
+    for row in result["rows"]:
+        print(
+            f"\n{row['label']:<20}{row['samples_per_s']:>8.2f} samples/s, matmul share {row['matmul_share']:.2f}",
+            end="",
+        )
+    print()
+    return {goal["name"]: goal["value"] for goal in result["goals"]}
+
+
+@pytest.mark.slow
+def test_the_fast_model_trains_faster_in_float32(found):
+    assert found["fast_to_plain"] >= LEAST_FLOAT32
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_avx512_bf16(), reason="the CPU does not multiply bf16 itself")
+def test_bf16_trains_faster_than_the_plain_float32(found):
+    assert found["bf16_to_plain"] >= LEAST_BF16
+
+
+@pytest.mark.slow
+def test_the_fast_model_takes_less_memory(found):
+    assert found["memory_float32"] < 1
+    assert found["memory_bf16"] < 1
+
+
+@pytest.mark.slow
+def test_the_stream_keeps_up(found):
+    assert found["data_wait"] <= 2
