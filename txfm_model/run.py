@@ -173,6 +173,8 @@ def check_corpus(config: TrainConfig, corpus: "Corpus") -> None:
 
 def check_layout(config: TrainConfig, processes: int) -> None:
     """Refuse a global batch that processes and parts cannot share evenly; the error names batches that would do."""
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
     loop = config.loop
     parts = processes * loop.accumulation
     below = loop.global_batch // parts * parts
