@@ -6,6 +6,7 @@ Shape suffixes of tensor names in this package::
     G genes in vocabulary    P genes shown or measured         K unmasked genes
     T tokens (K and CLS)     Q tokens that ask                 H heads
     D width                  E width of the codebook           C width of a head
+    F hidden width of an MLP R residual branches
 """
 
 from txfm_model.checkpoint import checkpoint_info, load_checkpoint, save_checkpoint, verify_checkpoint

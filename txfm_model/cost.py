@@ -13,6 +13,7 @@ import torch
 from txfm_data.vocabulary import Vocabulary
 from txfm_model.config import LoopConfig, ModelConfig, TrainConfig
 from txfm_model.launch import choose_precision
+from txfm_model.stochastic_depth import stochastic_depth_rates
 
 if TYPE_CHECKING:
     from shards.manifest import Corpus
@@ -97,6 +98,10 @@ def train_flops(
         again += 2.0 * T * D
     if activation_checkpointing:
         again += sum(forward[part] for part in ("qkv", "attention", "out", "mlp", "last_block"))
+        if form == "fast":
+            # The output of a block's last layer is asked for again only to be scaled by stochastic depth.
+            rates = stochastic_depth_rates(config.blocks, config.stochastic_depth)
+            again -= 2.0 * D * hidden * sum(T if i < whole else 1 for i, rate in enumerate(rates) if rate == 0)
     # Each product has two factors, and both have a gradient: shown values alone have none, and they are no factor.
     return Flops(forward=forward, backward={part: 2 * flops for part, flops in forward.items()}, recomputed=again)
 
@@ -175,14 +180,15 @@ def _activation_bytes(
     D, T, r = config.width, n_shown + 1, config.mlp_ratio
     item = _HALF if is_bf16 else _FLOAT
     state = _FLOAT * D  # the residual stream stays float32
-    # Both norms keep their input; inputs of products (norms' results, q, k, v, attended, MLP) and of LayerScale are in `item`.
-    block = 2 * state + item * D * (2 + 3 + 1 + 2 + 2 * r) + 4 * config.heads + 16
+    # Both norms keep their input; inputs of products (norms' results, q, k, v, attended, MLP) are in `item`.
+    block = 2 * state + item * D * (2 + 3 + 1 + 2 * r) + 4 * config.heads + 16
     in_work = 2 * state + item * D * 2 * r  # gradients that are under way in one block
     whole = config.blocks - 1
     kept = state * config.blocks + block if is_checkpointed else whole * block
     last = state + item * D * 3  # of the last block: norm and k, v of all tokens
     tokens = 2 * state  # gathered, and with CLS in front
-    weights = 12 * D * D * item * config.blocks if is_bf16 else 0  # autocast keeps its copies for the forward pass
+    # Autocast keeps its copies for the forward pass; else there are those of the weights that LayerScale scaled.
+    weights = (12 if is_bf16 else 1 + r) * D * D * item * config.blocks
     table = 2 * _FLOAT * n_genes * D if config.tokens == "concat_project" else 0  # projected codebook and its gradient
     return batch * T * (kept + last + tokens + in_work) + weights + table
 

@@ -20,8 +20,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BTD: Tensor, visible_B11T: Tensor | None, n_queries: int) -> Tensor:
-        """Attend from the first `n_queries` tokens to the visible ones (None: all), (B, n_queries, D)."""
+    def forward(self, x_BTD: Tensor, visible_B11T: Tensor | None, n_queries: int, scale: "LayerScale") -> Tensor:
+        """Attend from the first `n_queries` tokens to the visible ones (None: all), scaled, (B, n_queries, D)."""
         D = x_BTD.shape[-1]
         if n_queries == x_BTD.shape[1]:
             q_BQD, k_BTD, v_BTD = self.qkv(x_BTD).chunk(3, dim=-1)
@@ -30,7 +30,7 @@ class Attention(nn.Module):
             k_BTD, v_BTD = F.linear(x_BTD, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=-1)
         q_BHQC, k_BHTC, v_BHTC = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q_BQD, k_BTD, v_BTD))
         out_BHQC = _attend(q_BHQC, k_BHTC, v_BHTC, visible_B11T)
-        out_BQD: Tensor = self.out(out_BHQC.transpose(1, 2).flatten(-2))
+        out_BQD: Tensor = scale(self.out, out_BHQC.transpose(1, 2).flatten(-2))
         return out_BQD
 
 
@@ -53,9 +53,12 @@ class LayerScale(nn.Module):
         self.start = start
         self.gamma = nn.Parameter(torch.full((width,), start))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Scale each channel."""
-        return x_BTD * self.gamma
+    def forward(self, linear: nn.Linear, x_BTD: Tensor) -> Tensor:
+        """Output of the last linear layer of a branch with each channel scaled, (B, T, D).
+
+        The layer's weights are scaled in place of its output: the same product, of which the backward pass needs no copy.
+        """
+        return F.linear(x_BTD, linear.weight * self.gamma[:, None], linear.bias * self.gamma)
 
 
 class Block(nn.Module):
@@ -86,9 +89,13 @@ class Block(nn.Module):
         kept = attention_share.kept
         if kept is not None and visible_B11T is not None:
             visible_B11T = visible_B11T[kept]
-        attended_BQD = self.attention(self.attention_norm(attention_share.choose(x_BTD)), visible_B11T, n_queries)
-        x_BQD = attention_share.add(x_BTD[:, :n_queries], self.attention_scale(attended_BQD))
-        return mlp_share.add(x_BQD, self.mlp_scale(self.mlp(self.mlp_norm(mlp_share.choose(x_BQD)))))
+        attended_BQD = self.attention(
+            self.attention_norm(attention_share.choose(x_BTD)), visible_B11T, n_queries, self.attention_scale
+        )
+        x_BQD = attention_share.add(x_BTD[:, :n_queries], attended_BQD)
+        widen, gelu, narrow = self.mlp
+        hidden_BQF = gelu(widen(self.mlp_norm(mlp_share.choose(x_BQD))))
+        return mlp_share.add(x_BQD, self.mlp_scale(narrow, hidden_BQF))
 
 
 class Encoder(nn.Module):

@@ -63,7 +63,9 @@ class BranchShare(NamedTuple):
     def add(self, x_BTD: Tensor, branch_bTD: Tensor) -> Tensor:
         """Add the branch to those samples, (B, T, D)."""
         scaled_bTD = branch_bTD if self.scale is None else branch_bTD * self.scale[:, None, None]
-        return x_BTD + scaled_bTD if self.kept is None else x_BTD.index_add(0, self.kept, scaled_bTD)
+        if self.kept is None:
+            return x_BTD + scaled_bTD
+        return x_BTD.index_add(0, self.kept, scaled_bTD.to(x_BTD.dtype))
 
 
 WHOLE = BranchShare(None, None)

@@ -64,15 +64,16 @@ def test_genes_are_a_set(tiny_model, make_batch):
 
 def test_attention_equals_the_plain_formula(tiny_config):
     torch.manual_seed(0)
-    attention = Block(tiny_config).attention
+    block = Block(tiny_config)
+    attention = block.attention
     x_BTD = torch.randn(2, 5, 16)
     q, k, v = F.linear(x_BTD, attention.qkv.weight, attention.qkv.bias).split(16, dim=-1)
     heads = []
     for head in (slice(0, 8), slice(8, 16)):
         weight = torch.softmax(q[..., head] @ k[..., head].transpose(1, 2) / 8**0.5, dim=-1)
         heads.append(weight @ v[..., head])
-    expected = attention.out(torch.cat(heads, dim=-1))
-    torch.testing.assert_close(attention(x_BTD, None, 5), expected, rtol=1e-5, atol=1e-6)
+    expected = attention.out(torch.cat(heads, dim=-1)) * block.attention_scale.gamma
+    torch.testing.assert_close(attention(x_BTD, None, 5, block.attention_scale), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_empty_vocabulary_is_refused(tiny_config):

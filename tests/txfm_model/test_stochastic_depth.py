@@ -68,8 +68,8 @@ def test_a_dropped_branch_leaves_the_sample_as_it_was():
     assert [share.kept for share in as_tensor] == [None, None]
     for n_queries, shares in itertools.product((1, 5), (as_array, as_tensor)):
         x_BQD = x_BTD[:, :n_queries]
-        attended = block.attention_scale(block.attention(block.attention_norm(x_BTD), None, n_queries))
-        mlp = lambda y: block.mlp_scale(block.mlp(block.mlp_norm(y)))  # noqa: E731
+        attended = block.attention(block.attention_norm(x_BTD), None, n_queries, block.attention_scale)
+        mlp = lambda y: block.mlp(block.mlp_norm(y)) * block.mlp_scale.gamma  # noqa: E731
         expected = [
             x_BQD[0],
             (x_BQD + 2 * attended)[1],
