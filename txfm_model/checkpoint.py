@@ -23,6 +23,7 @@ from torch import Tensor
 from txfm_data.vocabulary import GeneStatistics, Vocabulary, read_vocabulary, write_vocabulary
 from txfm_model.card import model_card
 from txfm_model.config import ModelConfig, config_from_dict, config_to_dict
+from txfm_model.disk import full_disk_is_named
 from txfm_model.model import TxFM
 
 FORMAT = "txfm-checkpoint"
@@ -254,8 +255,10 @@ def _stage(model: TxFM, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.parent / f".{folder.name}.{uuid4().hex[:8]}.partial"
     staging.mkdir()
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     try:
-        write_files(model, staging)
+        with full_disk_is_named(folder.parent, needed):
+            write_files(model, staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

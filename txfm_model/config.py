@@ -330,7 +330,8 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     init: str | None = None
-    """Checkpoint to start from in place of random weights: shared genes keep their rows, new genes get fresh ones."""
+    """Checkpoint to start from in place of random weights: shared genes keep their rows, new genes get fresh ones. A run that
+    is resumed names the same again, and its own checkpoint goes before this."""
     resume: str | None = None
     """auto goes on from the newest sound checkpoint in `out`, or starts if there is none; or the folder of one."""
     dry_run: bool = False
@@ -344,10 +345,6 @@ class TrainConfig:
                 f"leave model.count_head out"
             )
         object.__setattr__(self, "model", replace(self.model, count_head=needed))
-        if self.init is not None and self.resume not in (None, "auto"):
-            raise ValueError(
-                f"init {self.init} and resume {self.resume} are both given; a resumed run has its weights already"
-            )
         _require(bool(self.shards), "shards", "the path of a shard corpus", self.shards)
         _require(bool(self.out), "out", "the path of a folder", self.out)
         if self.loop.steps is None and self.loop.epochs is None:

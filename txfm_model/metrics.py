@@ -34,15 +34,30 @@ class MetricsWriter:
         self._events = _open_tensorboard(folder / TENSORBOARD, after_step)
 
     def write(self, split: str, step: int, epoch: float, values: dict[str, float | None]) -> None:
-        """Write one line: split, step, epoch and the values (None where there was nothing to measure)."""
+        """Write one line: split, step, epoch and the values (None where there was nothing to measure).
+
+        A disk that refuses it costs the line, not the run.
+        """
         line = {"split": split, "step": step, "epoch": epoch, **values}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._events is not None:
+        text = json.dumps(line, allow_nan=False) + "\n"
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:  # a full disk, say: the file holds in memory what it could not write
+            logger.error("%s: step %d was not written, and goes with a later one: %s", self.path, step, error)
+        self._write_events(split, step, values)
+
+    def _write_events(self, split: str, step: int, values: dict[str, float | None]) -> None:
+        if self._events is None:
+            return
+        try:
             for name, value in values.items():
                 if value is not None:
                     self._events.add_scalar(f"{split}/{name}", value, step)
             self._events.flush()
+        except OSError as error:  # its thread has ended and takes nothing more
+            logger.error("TensorBoard gets nothing more from step %d on; %s has it all: %s", step, METRICS, error)
+            self._events = None
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -50,7 +65,10 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as failed:
+            logger.error("%s: its last lines were not written: %s", self.path, failed)
         if self._events is not None:
             self._events.close()
 

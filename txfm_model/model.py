@@ -185,6 +185,12 @@ class TxFM(nn.Module, ModelHubMixin, library_name="txfm", tags=["rna-seq", "sing
             batch_size=batch_size, precision=precision, dtype=dtype,
         )  # fmt: skip
 
+    def genes(self, out: str | Path) -> dict[str, Any]:
+        """Write the two vectors of each gene as parquet; see `txfm_model.genes.export_genes`."""
+        from txfm_model.genes import export_genes
+
+        return export_genes(self, out)
+
     @property
     def n_parameters(self) -> int:
         """Number of trained parameters."""

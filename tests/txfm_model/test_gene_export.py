@@ -12,7 +12,7 @@ from txfm_model.model import TxFM
 @pytest.mark.parametrize(("tokens", "codebook_width"), [("concat_project", 16), ("concat", 15)])
 def test_round_trip(vocabulary, tmp_path, tokens, codebook_width):
     model = TxFM(ModelConfig(width=16, blocks=1, heads=2, tokens=tokens), vocabulary)
-    result = export_genes(model, tmp_path / "new" / "genes.parquet")
+    result = model.genes(tmp_path / "new" / "genes.parquet")  # which is `export_genes`
     assert (result["genes"], result["codebook_width"], result["head_width"]) == (40, codebook_width, 16)
     table = pq.read_table(tmp_path / "new" / "genes.parquet")
     assert table["gene_id"].to_pylist() == list(vocabulary.gene_ids)

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from txfm_data.vocabulary import Vocabulary
-from txfm_model.config import ModelConfig, config_from_dict
+from txfm_model.config import MaskConfig, ModelConfig, config_from_dict
 from txfm_model.model import TxFM
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -86,3 +86,9 @@ def test_every_head_is_64_wide_in_the_paper_and_here():
         assert config.width / config.heads == 64
         assert config.tokens == "concat_project"
         assert config.decoder_blocks == 4
+
+
+@pytest.mark.parametrize(("panel", "hidden"), [(8_248, 0.751697), (36_695, 0.944189)])
+def test_share_of_genes_that_the_base_model_does_not_see(panel, hidden):
+    mask = yaml.safe_load((CONFIGS / "txfm_b.yaml").read_text()).get("mask", {})
+    assert 1 - config_from_dict(MaskConfig, mask, "mask").n_unmasked / panel == pytest.approx(hidden, abs=5e-7)

@@ -1,5 +1,6 @@
 """A run that stopped and went on is the run that never stopped: same weights, same lines, same files."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -151,6 +152,17 @@ def test_one_checkpoint_by_name(whole, tiny_shards, tmp_path):
     assert result["resumed_from_step"] == 4
     assert weights(out) == weights(whole)
     assert lines(out) == lines(whole)
+
+
+def test_a_run_that_started_from_a_model_goes_on_from_one_checkpoint_by_name(whole, tiny_shards, tmp_path):
+    config = dataclasses.replace(make_config(tiny_shards, tmp_path / "tuned", steps=4), init=str(whole / "checkpoint"))
+    train(config)
+    folder = str(tmp_path / "tuned" / "checkpoints" / "step-00000002")
+    train(dataclasses.replace(config, out=str(tmp_path / "again"), resume=folder))
+    assert weights(tmp_path / "again") == weights(tmp_path / "tuned")
+    assert json.loads((tmp_path / "again/checkpoint/config.json").read_text())["provenance"]["init"]["shared_genes"] == 90
+    with pytest.raises(ValueError, match="init: saved .*, now None"):
+        train(dataclasses.replace(config, out=str(tmp_path / "other"), resume=folder, init=None))
 
 
 def test_old_checkpoints_go_once_newer_ones_are_there(tiny_shards, tmp_path):

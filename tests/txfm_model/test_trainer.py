@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -221,3 +222,23 @@ def test_the_record_of_origin():
     assert package_versions()["python"] == sys.version.split()[0]
     commit = git_commit()
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # torch's own, as it compiles
+def test_a_compiled_run_gives_what_an_eager_one_gives(tiny_shards, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        compiled = train(make_config(tiny_shards, tmp_path / "compiled", steps=4, compile=True, log_every=1))
+    eager = train(make_config(tiny_shards, tmp_path / "eager", steps=4, log_every=1))
+    assert any("with its compilation, took" in record.message for record in caplog.records)
+    assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-4)
+    for ours, theirs in zip(read_lines(tmp_path / "compiled"), read_lines(tmp_path / "eager"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_activation_checkpointing_changes_nothing(tiny_shards, tmp_path):
+    train(make_config(tiny_shards, tmp_path / "again", activation_checkpointing=True))
+    train(make_config(tiny_shards, tmp_path / "kept"))
+    assert weights(tmp_path / "again") == weights(tmp_path / "kept")
