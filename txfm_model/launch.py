@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Precision = Literal["bf16", "no"]
+PATIENCE = timedelta(hours=1)
+"""How long processes wait for each other: the main one may be writing a large checkpoint to slow storage."""
 TWO_CPU_PROCESSES = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
     "--mixed_precision no --dynamo_backend no tools/train.py ..."
@@ -28,9 +31,13 @@ def start_accelerator(loop: LoopConfig) -> "Accelerator":
 
     Autocast is ours (`autocast`), and so is the sharding of data: Accelerate gives device, DDP, reductions.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     expected = expected_processes(loop, os.environ)
     if expected is not None and accelerator.num_processes < expected:
         logger.warning(

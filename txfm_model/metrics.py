@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Value = float | None | Mapping[str, float | None]
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
@@ -33,8 +35,8 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
         self._events = _open_tensorboard(folder / TENSORBOARD, after_step)
 
-    def write(self, split: str, step: int, epoch: float, values: dict[str, float | None]) -> None:
-        """Write one line: split, step, epoch and the values (None where there was nothing to measure).
+    def write(self, split: str, step: int, epoch: float, values: Mapping[str, Value]) -> None:
+        """Write one line: split, step, epoch and the values (None where there was nothing to measure), or values by name.
 
         A disk that refuses it costs the line, not the run.
         """
@@ -47,13 +49,14 @@ class MetricsWriter:
             logger.error("%s: step %d was not written, and goes with a later one: %s", self.path, step, error)
         self._write_events(split, step, values)
 
-    def _write_events(self, split: str, step: int, values: dict[str, float | None]) -> None:
+    def _write_events(self, split: str, step: int, values: Mapping[str, Value]) -> None:
         if self._events is None:
             return
         try:
             for name, value in values.items():
-                if value is not None:
-                    self._events.add_scalar(f"{split}/{name}", value, step)
+                for part, number in value.items() if isinstance(value, Mapping) else [("", value)]:
+                    if number is not None:
+                        self._events.add_scalar(f"{split}/{name}{'/' if part else ''}{part}", number, step)
             self._events.flush()
         except OSError as error:  # its thread has ended and takes nothing more
             logger.error("TensorBoard gets nothing more from step %d on; %s has it all: %s", step, METRICS, error)

@@ -116,15 +116,18 @@ def save_run_state(out: Path, model: TxFM, optimizer: Mapping[str, Tensor], stat
     return folder
 
 
-def remove_old(out: Path, keep: int) -> list[Path]:
+def remove_old(out: Path, keep: int, *, step: int) -> list[Path]:
     """Remove the checkpoints that are older than the `keep` newest sound ones; return them. Damaged newer ones stay.
 
-    All bytes of those that count are read. Without `keep` sound ones nothing is removed.
+    All bytes of those that count are read. Without `keep` sound ones nothing is removed. Those of steps after `step`, the one
+    just written, neither count nor go: a run that went back to an older checkpoint will come to them.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
     removed, sound = [], 0
     for folder in _newest_first(out):
+        if folder.name > checkpoint_name(step):
+            continue
         if sound >= keep:
             hidden = _hidden(folder, "removed")  # renamed first: a kill in the middle leaves no half one behind
             folder.rename(hidden)
@@ -143,9 +146,9 @@ def remove_leftovers(out: Path) -> list[Path]:
     """
     folder = out / CHECKPOINTS
     if not folder.is_dir():
-        return []
+        return _remove_unfinished_end(out)
     with only_writer(folder, waits=False) as is_alone:
-        return _remove_leftovers(folder) if is_alone else []
+        return _remove_leftovers(folder) + _remove_unfinished_end(out) if is_alone else []
 
 
 def find_resume(out: Path, asked: str) -> Path | None:
@@ -412,6 +415,14 @@ def _remove_leftovers(parent: Path) -> list[Path]:
     if removed:
         logger.info("removed %d unfinished checkpoint(s) that a killed run left in %s", len(removed), parent)
     return removed
+
+
+def _remove_unfinished_end(out: Path) -> list[Path]:
+    """Remove what was being written as the checkpoint of a run's end when it was killed."""
+    left = sorted(out.glob(f".{checkpoint.FOLDER_IN_RUN}.*.partial"))
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return left
 
 
 def _hidden(folder: Path, what: str) -> Path:

@@ -29,12 +29,13 @@ from txfm_model.run_state import (
     CHECKPOINTS,
     RunState,
     check_same_run,
+    checkpoint_name,
     find_resume,
     remove_old,
     save_run_state,
 )
 from txfm_model.step import train_step
-from txfm_model.validation import panel_mean_losses, validate
+from txfm_model.validation import PANEL_MEAN, panel_mean_losses, validate
 from txfm_model.window import NonFiniteError, TrainWindow
 
 if TYPE_CHECKING:
@@ -107,10 +108,14 @@ def _open_folder(config: TrainConfig) -> tuple[Path, dict[str, Any] | None]:
     for taken in (folder / "checkpoint", folder / "config.json"):
         if taken.exists():
             raise FileExistsError(f"out: {folder} already holds a checkpoint ({taken}); choose another folder")
-    if config.resume is None and any((folder / CHECKPOINTS).glob("step-*")):
+    own = folder / CHECKPOINTS
+    is_of_another = config.resume is None or (
+        config.resume != "auto" and Path(config.resume).resolve().parent != own.resolve()
+    )
+    if is_of_another and any(own.glob("step-*")):
         raise FileExistsError(
-            f"out: {folder} holds checkpoints of an unfinished run ({folder / CHECKPOINTS}); go on with it by --resume auto, or "
-            f"choose another folder"
+            f"out: {folder} holds checkpoints of an unfinished run ({own}); go on with it by --resume auto, or choose another "
+            f"folder"
         )
     return folder, None
 
@@ -136,11 +141,12 @@ class _Loop:
         self.step = 0 if earlier is None else earlier.step
         self.first_step = self.step
         self.train_line: dict[str, float] = kept.get("train_line", {})
-        self.val_line: dict[str, float | None] = kept.get("val_line", {})
+        self.val_line: dict[str, Any] = kept.get("val_line", {})
         self.before_s, self.training_s = kept.get("seconds", 0.0), kept.get("training_s", 0.0)
+        # Asked now: by the time of a checkpoint the files of the program may be others than those that run.
+        self.origin = describe_origin(run.config, run.corpus.fingerprint)
         self.history = [*kept.get("history", []), self._layout() | {"from_step": self.step}]
         self.window = self._new_window({} if earlier is None else earlier.window)
-        self.baseline = panel_mean_losses(run)
         self.started = self.window_started = time.perf_counter()
         self.window_wait, self.window_steps = run.stream.wait_s, 0
 
@@ -198,7 +204,10 @@ class _Loop:
     def _validate(self, writer: MetricsWriter | None, epoch: float) -> None:
         before = time.perf_counter()
         with self._says_what_is_kept():
-            self.val_line = validate(self.run, self.step) | self.baseline
+            measured = validate(self.run, self.step)
+        if not self.val_line:
+            self.val_line = panel_mean_losses(self.run)
+        self.val_line = {name: self.val_line[name] for name in PANEL_MEAN} | measured
         if writer is not None:
             writer.write("val", self.step, epoch, dict(self.val_line))
         self._leave_out(time.perf_counter() - before)
@@ -241,11 +250,11 @@ class _Loop:
             logger.error("step %d: no checkpoint was written, training goes on: %s", self.step, error)
         elif folder is not None:
             self._remove_old()
-        return folder
+        return None if error is not None else self.out / CHECKPOINTS / checkpoint_name(self.step)
 
     def _remove_old(self) -> None:
         try:
-            remove_old(self.out, self.run.config.loop.keep_checkpoints)
+            remove_old(self.out, self.run.config.loop.keep_checkpoints, step=self.step)
         except OSError as error:
             logger.error("step %d: older checkpoints could not be removed, training goes on: %s", self.step, error)
 
@@ -290,8 +299,7 @@ class _Loop:
 
     def provenance(self) -> dict[str, Any]:
         """Where the weights come from, as far as it is known by now."""
-        origin = describe_origin(self.run.config, self.run.corpus.fingerprint)
-        return origin | {"step": self.step, "history": self.history, "init": self.run.init}
+        return self.origin | {"step": self.step, "history": self.history, "init": self.run.init}
 
     def _results(self) -> dict[str, Any]:
         run = self.run

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,12 +18,16 @@ from txfm_model.window import NonFiniteError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from shards.manifest import Corpus
     from shards.stream import MaskedBatch
     from txfm_model.run import Run
 
 
-def validate(run: "Run", step: int) -> dict[str, float | None]:
-    """Mean loss and excess of the model over the val split; None without one.
+PANEL_MEAN = ("panel_mean_loss", "panel_mean_excess")
+
+
+def validate(run: "Run", step: int) -> dict[str, Any]:
+    """Mean loss and excess of the model over the val split, and excess of each dataset; None without samples.
 
     Raises
     ------
@@ -35,23 +39,36 @@ def validate(run: "Run", step: int) -> dict[str, float | None]:
         from txfm_model.fsdp import whole_model
 
         model = whole_model(model)
-    totals = model_totals(model, run.validation_batches(), run.loss, run.panels_NG, run.precision)
-    loss, excess = means_over_processes(totals, run.accelerator)
-    if loss is not None and not math.isfinite(loss):
+    totals_N3 = model_totals(model, run.validation_batches(), run.loss, run.panels_NG, run.precision)
+    totals_N3 = run.accelerator.reduce(totals_N3, "sum")
+    loss, excess, n_samples = totals_N3.sum(0).tolist()
+    if not math.isfinite(loss):
         raise NonFiniteError(f"step {step}: the validation loss is {loss}; training stopped. Lower optim.lr")
-    return {"loss": loss, "excess": excess}
+    by_panel = [total / n if n else None for _, total, n in totals_N3.tolist()]
+    return {
+        "loss": loss / n_samples if n_samples else None,
+        "excess": excess / n_samples if n_samples else None,
+        "excess_by_dataset": _by_dataset(run.corpus, by_panel),
+    }
+
+
+def _by_dataset(corpus: "Corpus", by_panel: list[float | None]) -> dict[str, float | None]:
+    """Value of each panel under the names of its datasets, joined by "+" where several share it."""
+    names: dict[int, list[str]] = {}
+    for dataset in corpus.manifest.datasets:
+        names.setdefault(dataset.panel_id, []).append(dataset.name)
+    return {"+".join(shared): by_panel[panel_id] for panel_id, shared in names.items()}
 
 
 @torch.no_grad()
 def model_totals(
     model: TxFM, batches: "Iterable[MaskedBatch]", loss: Loss, panels_NG: Tensor, precision: Precision
-) -> tuple[float, float, int]:
-    """Sum loss and excess over the samples of `batches`, and count them; the model is in evaluation mode."""
+) -> Tensor:
+    """Sum loss and excess over the samples of each panel, and count them, (N, 3) float64; the model is in evaluation mode."""
     device = panels_NG.device
     was_training = model.training
     model.eval()
-    totals_2 = torch.zeros(2, dtype=torch.float64, device=device)
-    n_samples = 0
+    totals_N3 = torch.zeros(len(panels_NG), 3, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
         with autocast(device, precision):
@@ -62,11 +79,10 @@ def model_totals(
                 measured_BG=measured_mask(batch.panel_id, panels_NG),
             )
         parts = loss(prediction, batch, panels_NG)
-        totals_2 += torch.stack([parts.loss_B.double().sum(), parts.excess_B.double().sum()])
-        n_samples += len(batch.panel_id)
+        of_samples_B3 = torch.stack([parts.loss_B, parts.excess_B, torch.ones_like(parts.loss_B)], dim=1).double()
+        totals_N3.index_add_(0, batch.panel_id, of_samples_B3)
     model.train(was_training)
-    total, excess = totals_2.tolist()
-    return total, excess, n_samples
+    return totals_N3
 
 
 def panel_mean_losses(run: "Run") -> dict[str, float | None]:
@@ -85,7 +101,7 @@ def panel_mean_losses(run: "Run") -> dict[str, float | None]:
         else:
             totals = _dense_panel_mean_totals(run, batches)
         loss, excess = means_over_processes(totals, run.accelerator)
-    return {"panel_mean_loss": loss, "panel_mean_excess": excess}
+    return dict(zip(PANEL_MEAN, (loss, excess), strict=True))
 
 
 @torch.no_grad()

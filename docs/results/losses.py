@@ -61,15 +61,20 @@ def train(shards: Path, out: Path, steps: int, loss: str, activation: str) -> di
     }  # fmt: skip
 
 
+def number(lines: list[dict[str, Any]], name: str) -> str:
+    """What the one line says, or a dash."""
+    return "-" if not lines or lines[0][name] is None else f"{lines[0][name]:.4g}"
+
+
 def row(run: dict[str, Any]) -> str:
     """A row of the table."""
     train_lines = [line for line in run["lines"] if line["split"] == "train"]
     val_lines = [line for line in run["lines"] if line["split"] == "val"]
-    first, last = val_lines[0], val_lines[-1]
-    panel = "-" if last["panel_mean_excess"] is None else f"{last['panel_mean_excess']:.4g}"
+    first, last = val_lines[:1], val_lines[-1:]  # none of a run that died before its first validation
     minutes = f"{run['result']['seconds'] / 60:.1f}" if run["result"] else "-"
     cells = [
-        run["loss"], run["activation"], train_lines[-1]["step"], minutes, f"{first['excess']:.4g}", f"{last['excess']:.4g}", panel,
+        run["loss"], run["activation"], train_lines[-1]["step"], minutes, number(first, "excess"), number(last, "excess"),
+        number(last, "panel_mean_excess"),
         f"{train_lines[-1]['dead_gene_fraction']:.3f}", "finished" if run["code"] == 0 else f"stopped: {run['said']}",
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"

@@ -68,7 +68,7 @@ def save_until_killed(out: Path, said: int) -> None:
         step += 1
         save(out, step)
         os.write(said, b"%d " % step)
-        remove_old(out, 2)
+        remove_old(out, 2, step=step)
 
 
 def kill_one(out: Path, after_s: float) -> int:

@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, opens anywhere, and is refused when anything in it is not as it was written."""
 
+import errno
 import json
 import os
 import shutil
@@ -209,6 +210,17 @@ def test_an_interruption_leaves_nothing_behind(tiny_model, tmp_path, monkeypatch
     monkeypatch.setattr(checkpoint, broken_call, interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tiny_model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_behind(tiny_model, tmp_path, monkeypatch):
+    def fill_up(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_vocabulary", fill_up)
+    with pytest.raises(OSError, match=f"the disk of {tmp_path} is full: a checkpoint needs .* are free") as error:
+        save_checkpoint(tiny_model, tmp_path / "model")
+    assert error.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
 
 

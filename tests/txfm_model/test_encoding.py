@@ -1,6 +1,9 @@
 """Which genes a view shows, memory that does not grow with the input, and options that a model cannot serve."""
 
+import socket
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -196,3 +199,25 @@ def test_an_embedding_equals_itself_at_other_layers(tiny_model, samples):
         np.testing.assert_allclose(tiny_model.encoder.norm(torch.from_numpy(state)).numpy(), final, atol=1e-5)
     first = embed_samples(tiny_model, *samples, layer=0)
     np.testing.assert_array_equal(first, np.tile(tiny_model.encoder.cls.detach().numpy(), (23, 1)))
+
+
+def test_a_second_piece_of_work_does_not_see_what_the_first_said(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    for name, value in address.items():
+        monkeypatch.setenv(name, value)
+
+    def work(rank: int) -> list[str]:
+        heard = []
+        for number in ("first", "second"):
+            processes = Processes({"RANK": str(rank), "WORLD_SIZE": "2"})
+            if rank == 0:
+                time.sleep(0.2)  # the other one asks before it is answered
+                processes.publish("staging", number)
+            heard.append(processes.wait_for("staging"))
+            processes.part("left")
+        return heard
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, (0, 1))) == [["first", "second"]] * 2

@@ -26,6 +26,14 @@ def test_a_resumed_run_keeps_what_it_goes_on_from(tmp_path):
         assert steps_in(tmp_path) == expected
 
 
+def test_values_by_name(tmp_path, monkeypatch):
+    monkeypatch.undo()  # with TensorBoard
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("val", 3, 0.5, {"excess_by_dataset": {"blood": 1.5, "lung": None}})
+    assert json.loads((tmp_path / METRICS).read_text())["excess_by_dataset"] == {"blood": 1.5, "lung": None}
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
 class FullDisk:
     """A text file in front of a disk that is full for a while: what it cannot write it holds."""
 

@@ -55,7 +55,9 @@ def test_runs_of_a_few_steps_have_a_rate(total):
     assert all(0 < rate <= 1e-3 for rate in rates)
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(186_600, 0.0053590568), (186_800, 0.0053533191), (463_850, 0.0021558694)])
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(186_600, 0.0053590568), (186_800, 0.0053533191), (463_850, 0.0021558694)]
+)
 def test_weight_decay_makes_the_time_scale_the_run(steps, expected):
     assert weight_decay(OptimConfig(), steps) == pytest.approx(expected, rel=1e-7)
     assert weight_decay(OptimConfig(weight_decay=0.1), steps) == 0.1

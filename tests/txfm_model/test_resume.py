@@ -160,7 +160,9 @@ def test_a_run_that_started_from_a_model_goes_on_from_one_checkpoint_by_name(who
     folder = str(tmp_path / "tuned" / "checkpoints" / "step-00000002")
     train(dataclasses.replace(config, out=str(tmp_path / "again"), resume=folder))
     assert weights(tmp_path / "again") == weights(tmp_path / "tuned")
-    assert json.loads((tmp_path / "again/checkpoint/config.json").read_text())["provenance"]["init"]["shared_genes"] == 90
+    assert (
+        json.loads((tmp_path / "again/checkpoint/config.json").read_text())["provenance"]["init"]["shared_genes"] == 90
+    )
     with pytest.raises(ValueError, match="init: saved .*, now None"):
         train(dataclasses.replace(config, out=str(tmp_path / "other"), resume=folder, init=None))
 
@@ -175,6 +177,16 @@ def test_an_unfinished_run_is_not_started_anew(whole, tiny_shards, tmp_path):
     with pytest.raises(FileExistsError, match="--resume auto"):
         train(make_config(tiny_shards, out))
     assert steps_of(out) == [1, 2, 3]
+
+
+def test_a_checkpoint_of_another_folder_is_not_mixed_with_those_here(whole, tiny_shards, tmp_path):
+    """Its later steps would count as newer than what this run writes."""
+    out = stopped_at(whole, 3, tmp_path / "run")
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        train(make_config(tiny_shards, out, resume=str(whole / "checkpoints" / "step-00000002")))
+    assert steps_of(out) == [1, 2, 3]
+    train(make_config(tiny_shards, tmp_path / "new", resume=str(whole / "checkpoints" / "step-00000002")))
+    assert weights(tmp_path / "new") == weights(whole)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ from txfm_model.run_state import (
 ROOT = Path(__file__).parents[2]
 ALL_FILES = (*run_state.FILES, "resume.json")
 
+LAST = 10**6  # a step after all of these
+
 
 def train_config(**changes) -> TrainConfig:
     tree = {"shards": "s", "out": "o", "loop": {"steps": 100}, "model": {"width": 16, "blocks": 3}}
@@ -685,24 +687,41 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(two, trained, tm
 def test_old_ones_go_when_enough_sound_newer_ones_are_there(trained, tmp_path):
     folders = [trained.save(tmp_path, step) for step in (1, 2, 3, 4, 5)]
     (folders[4] / "optimizer.safetensors").write_bytes(b"")
-    assert remove_old(tmp_path, 2) == [folders[1], folders[0]]
+    assert remove_old(tmp_path, 2, step=LAST) == [folders[1], folders[0]]
     assert names(tmp_path) == ["step-00000003", "step-00000004", "step-00000005"]
-    assert remove_old(tmp_path, 2) == []
+    assert remove_old(tmp_path, 2, step=LAST) == []
     (folders[3] / "resume.json").unlink()
-    assert remove_old(tmp_path, 1) == []
+    assert remove_old(tmp_path, 1, step=LAST) == []
     assert find_resume(tmp_path, "auto") == folders[2]
     (folders[2] / "resume.json").unlink()
-    assert remove_old(tmp_path, 1) == []  # nothing sound: whatever is there may be mended by hand
+    assert remove_old(tmp_path, 1, step=LAST) == []  # nothing sound: whatever is there may be mended by hand
     assert len(names(tmp_path)) == 3
     with pytest.raises(ValueError, match="at least 1"):
-        remove_old(tmp_path, 0)
-    assert remove_old(tmp_path / "nowhere", 1) == []
+        remove_old(tmp_path, 0, step=LAST)
+    assert remove_old(tmp_path / "nowhere", 1, step=LAST) == []
+
+
+def test_checkpoints_of_later_steps_neither_count_nor_go(trained, tmp_path):
+    """A run went back to step 1 of 5 and has written step 2 anew."""
+    for step in (1, 2, 3, 5):
+        trained.save(tmp_path, step)
+    assert [folder.name for folder in remove_old(tmp_path, 1, step=2)] == ["step-00000001"]
+    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000005"]
+
+
+def test_what_a_kill_left_of_the_end_of_a_run_goes(tmp_path):
+    left = tmp_path / ".checkpoint.0a1b2c3d.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "checkpoint").mkdir()
+    assert remove_leftovers(tmp_path) == [left]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_a_removal_that_is_killed_leaves_no_half_checkpoint(two, tmp_path, monkeypatch):
     monkeypatch.setattr(run_state.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        remove_old(tmp_path, 1)
+        remove_old(tmp_path, 1, step=LAST)
     monkeypatch.undo()
     assert not two[0].exists()
     assert len(remove_leftovers(tmp_path)) == 1

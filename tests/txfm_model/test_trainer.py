@@ -69,6 +69,11 @@ def test_what_a_run_leaves(tiny_shards, tmp_path):
     assert 0 <= first["data_wait_fraction"] <= 1
     assert 0 <= first["dead_gene_fraction"] <= 1
     assert (last["loss"], last["excess"]) == (result["val_loss"], result["val_excess"])
+    assert set(last["excess_by_dataset"]) == {"first", "second"}
+    of_datasets = {entry.name: entry.n_val for entry in corpus.manifest.datasets}
+    assert sum(last["excess_by_dataset"][name] * n for name, n in of_datasets.items()) == pytest.approx(
+        last["excess"] * sum(of_datasets.values()), rel=1e-5
+    )
     assert last["panel_mean_excess"] == result["panel_mean_val_excess"] > 0
     assert last["loss"] - last["excess"] == pytest.approx(last["panel_mean_loss"] - last["panel_mean_excess"], rel=1e-5)
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))

@@ -62,16 +62,21 @@ def test_no_constant_does_better_than_the_panel_mean(make_batch):
 def test_model_totals_are_sums_over_samples(corpus, tiny_model):
     _, table_NG, batches = corpus
     tiny_model.train()
-    loss, excess, n_samples = model_totals(tiny_model, batches, poisson(tiny_model), table_NG, "no")
+    totals_N3 = model_totals(tiny_model, batches, poisson(tiny_model), table_NG, "no")
+    loss, excess, n_samples = totals_N3.sum(0).tolist()
     assert tiny_model.training
     tiny_model.eval()
     parts = [poisson_loss(tiny_model(b.gene_ids, b.values, b.n_unmasked).log1p_BG, b, table_NG) for b in batches]
     assert n_samples == 15
     assert loss == pytest.approx(sum(p.mean_B.sum().item() for p in parts), rel=1e-5)
     assert excess == pytest.approx(sum(p.excess_B.sum().item() for p in parts), rel=1e-5)
+    for panel_id, (_, of_panel, n) in enumerate(totals_N3.tolist()):
+        expected = [p.excess_B[b.panel_id == panel_id] for p, b in zip(parts, batches, strict=True)]
+        assert n == len(torch.cat(expected))
+        assert of_panel == pytest.approx(torch.cat(expected).sum().item(), rel=1e-5)
 
 
 def test_no_samples(corpus, tiny_model):
     panels, table_NG, _ = corpus
-    assert model_totals(tiny_model, [], poisson(tiny_model), table_NG, "no") == (0.0, 0.0, 0)
+    assert model_totals(tiny_model, [], poisson(tiny_model), table_NG, "no").tolist() == [[0.0] * 3] * 3
     assert PanelMeanPredictor(panels, 40).totals([]) == (0.0, 0.0, 0)

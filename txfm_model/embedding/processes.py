@@ -19,7 +19,9 @@ _CONNECT = timedelta(minutes=10)
 
 
 class Processes:
-    """This process among those that were launched together; alone if there was no launcher.
+    """This process among those that were launched together; alone if there was no launcher. Each serves one piece of work.
+
+    A program that does several makes one for each, in the same order on every process.
 
     Attributes
     ----------
@@ -35,7 +37,9 @@ class Processes:
             from torch.distributed.rendezvous import rendezvous
 
             store, _, _ = next(iter(rendezvous("env://", self.rank, self.size, timeout=_CONNECT)))
-            self._store = PrefixStore("txfm", store)
+            # What an earlier one of these processes left in the store, such as its folder, is not of this one
+            number = PrefixStore("txfm", store).add(f"opened/{self.rank}", 1)
+            self._store = PrefixStore(f"txfm/{number}", store)
 
     def device(self, asked: str | None) -> torch.device:
         """The device asked for; by default this process' own GPU where there is one."""
