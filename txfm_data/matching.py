@@ -9,6 +9,7 @@ import numpy as np
 from txfm_data.vocabulary import Vocabulary, is_ensembl_gene
 
 Duplicates = Literal["error", "sum", "first"]
+NonInteger = Literal["error", "ok"]
 
 
 @dataclass(frozen=True)

@@ -99,11 +99,19 @@ def train_flops(
     if activation_checkpointing:
         again += sum(forward[part] for part in ("qkv", "attention", "out", "mlp", "last_block"))
         if form == "fast":
-            # The output of a block's last layer is asked for again only to be scaled by stochastic depth.
-            rates = stochastic_depth_rates(config.blocks, config.stochastic_depth)
-            again -= 2.0 * D * hidden * sum(T if i < whole else 1 for i, rate in enumerate(rates) if rate == 0)
+            # Nothing asks for the output of a block's last layer again, where all samples have the branch.
+            again -= 2.0 * D * hidden * (whole * T + 1)
     # Each product has two factors, and both have a gradient: shown values alone have none, and they are no factor.
     return Flops(forward=forward, backward={part: 2 * flops for part, flops in forward.items()}, recomputed=again)
+
+
+def skipped_flops(config: ModelConfig, flops: Flops) -> float:
+    """FLOPs of a sample's branches that stochastic depth leaves out, on average over samples; part of `flops.total`."""
+    rates = stochastic_depth_rates(config.blocks, config.stochastic_depth)
+    work = {part: flops.forward[part] + flops.backward[part] for part in flops.forward}
+    of_all = rates[:-1] if work["last_block"] else rates
+    mean = sum(of_all) / max(len(of_all), 1)
+    return mean * sum(work[part] for part in ("qkv", "attention", "out", "mlp")) + rates[-1] * work["last_block"]
 
 
 def _token_flops(config: ModelConfig, n_genes: int, n_shown: int, batch: int, form: Form) -> float:

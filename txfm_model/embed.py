@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor
 
-from txfm_data.matching import Duplicates, match_columns
+from txfm_data.matching import Duplicates, NonInteger, match_columns
 from txfm_data.progress import Progress, ignore
 from txfm_model.embedding.encoding import EncodeOptions, Layer, check_options, over_samples, parse_layer, part_of_matrix
 from txfm_model.embedding.over_files import FileOptions, run_file
@@ -30,6 +30,7 @@ def embed_anndata(
     symbols: str | None = None,
     library_size: str | None = None,
     duplicates: Duplicates = "error",
+    non_integer: NonInteger = "error",
     n_unmasked: int | None = None,
     views: int = 1,
     seed: int = 0,
@@ -53,6 +54,8 @@ def embed_anndata(
         Column of obs with the counts of the whole library, where `adata` holds a slice of the genes; else row sums.
     duplicates
         What to do with several columns of one gene: refuse, sum their counts, or keep the first.
+    non_integer
+        Refuse values that are not whole, which raw counts are; or take them ("ok"), as expected counts of RSEM or salmon.
     n_unmasked, views, seed, temperature, batch_size, precision
         As in `EncodeOptions`.
     dtype
@@ -77,7 +80,7 @@ def embed_anndata(
     check_options(model, options)
     part, panel = part_of_anndata(
         model, adata, counts_layer=counts_layer, gene_ids=gene_ids, symbols=symbols, library_size=library_size,
-        duplicates=duplicates,
+        duplicates=duplicates, non_integer=non_integer,
     )  # fmt: skip
     width = model.config.width
     found = over_samples(model, part, [panel], options, width, encoder_of(model, options), progress)
@@ -93,11 +96,18 @@ def part_of_anndata(
     symbols: str | None,
     library_size: str | None,
     duplicates: Duplicates,
+    non_integer: NonInteger,
 ) -> tuple[Part, Panel]:
     """Samples of an AnnData object in memory as a part, with their panel; arguments as of `embed_anndata`."""
     import scipy.sparse as sp
 
     counts = sp.csr_matrix(adata.X if counts_layer is None else adata.layers[counts_layer])
+    if non_integer == "error" and not (np.floor(counts.data) == counts.data).all():
+        where = "X" if counts_layer is None else f"layer {counts_layer!r}"
+        raise ValueError(
+            f"adata: {where} holds values that are not whole, such as {counts.data[np.floor(counts.data) != counts.data][0]:g}; "
+            f"give raw counts (counts_layer names their layer), or non_integer='ok' for expected counts"
+        )
     ids = adata.var_names.astype(str) if gene_ids is None else adata.var[gene_ids].astype(str)
     names = [""] * adata.n_vars if symbols is None else adata.var[symbols].astype(str).tolist()
     match = match_columns(model.vocabulary, ids.tolist(), names, duplicates=duplicates, where="adata")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from txfm_data.matching import Duplicates
+from txfm_data.matching import Duplicates, NonInteger
 from txfm_data.progress import Progress, ignore
 from txfm_data.vocabulary import Vocabulary, is_ensembl_gene
 from txfm_model.embed import part_of_anndata
@@ -122,6 +122,7 @@ def impute_anndata(
     symbols: str | None = None,
     library_size: str | None = None,
     duplicates: Duplicates = "error",
+    non_integer: NonInteger = "error",
     n_unmasked: int | None = None,
     views: int = 1,
     seed: int = 0,
@@ -139,7 +140,8 @@ def impute_anndata(
         An `anndata.AnnData` with raw counts.
     genes
         Ensembl ids or symbols, of genes that `adata` has and of others that the model knows.
-    counts_layer, gene_ids, symbols, library_size, duplicates, n_unmasked, views, seed, temperature, batch_size, precision, dtype
+    counts_layer, gene_ids, symbols, library_size, duplicates, non_integer, n_unmasked, views, seed, temperature, batch_size,
+    precision, dtype
         As in `txfm_model.embed.embed_anndata`.
 
     Returns
@@ -167,7 +169,7 @@ def impute_anndata(
     check_options(model, options)
     part, panel = part_of_anndata(
         model, adata, counts_layer=counts_layer, gene_ids=gene_ids, symbols=symbols, library_size=library_size,
-        duplicates=duplicates,
+        duplicates=duplicates, non_integer=non_integer,
     )  # fmt: skip
     values = over_samples(model, part, [panel], options, len(tokens), predictor_of(model, tokens), progress)
     var = _var(model.vocabulary, tokens, (panel,))

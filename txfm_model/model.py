@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import CommitInfo, ModelHubMixin
 from torch import Tensor, nn
 
-from txfm_data.matching import Duplicates
+from txfm_data.matching import Duplicates, NonInteger
 from txfm_data.vocabulary import GeneStatistics, Vocabulary
 from txfm_model.config import ModelConfig
 from txfm_model.decoder import Decoder, GeneHead
@@ -141,6 +141,7 @@ class TxFM(nn.Module, ModelHubMixin, library_name="txfm", tags=["rna-seq", "sing
         symbols: str | None = None,
         library_size: str | None = None,
         duplicates: Duplicates = "error",
+        non_integer: NonInteger = "error",
         n_unmasked: int | None = None,
         views: int = 1,
         seed: int = 0,
@@ -154,7 +155,7 @@ class TxFM(nn.Module, ModelHubMixin, library_name="txfm", tags=["rna-seq", "sing
 
         return embed_anndata(
             self, adata, counts_layer=counts_layer, layer=layer, gene_ids=gene_ids, symbols=symbols, library_size=library_size,
-            duplicates=duplicates, n_unmasked=n_unmasked, views=views, seed=seed, temperature=temperature,
+            duplicates=duplicates, non_integer=non_integer, n_unmasked=n_unmasked, views=views, seed=seed, temperature=temperature,
             batch_size=batch_size, precision=precision, dtype=dtype,
         )  # fmt: skip
 
@@ -168,6 +169,7 @@ class TxFM(nn.Module, ModelHubMixin, library_name="txfm", tags=["rna-seq", "sing
         symbols: str | None = None,
         library_size: str | None = None,
         duplicates: Duplicates = "error",
+        non_integer: NonInteger = "error",
         n_unmasked: int | None = None,
         views: int = 1,
         seed: int = 0,
@@ -181,7 +183,7 @@ class TxFM(nn.Module, ModelHubMixin, library_name="txfm", tags=["rna-seq", "sing
 
         return impute_anndata(
             self, adata, genes, counts_layer=counts_layer, gene_ids=gene_ids, symbols=symbols, library_size=library_size,
-            duplicates=duplicates, n_unmasked=n_unmasked, views=views, seed=seed, temperature=temperature,
+            duplicates=duplicates, non_integer=non_integer, n_unmasked=n_unmasked, views=views, seed=seed, temperature=temperature,
             batch_size=batch_size, precision=precision, dtype=dtype,
         )  # fmt: skip
 

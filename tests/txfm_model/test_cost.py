@@ -10,7 +10,7 @@ from txfm_data.vocabulary import Vocabulary
 from txfm_model import cost
 from txfm_model.bench.counted import count_flops
 from txfm_model.config import LoopConfig, LossConfig, MaskConfig, ModelConfig, TrainConfig
-from txfm_model.cost import dry_run, memory_estimate, parameter_count, train_flops
+from txfm_model.cost import dry_run, memory_estimate, parameter_count, skipped_flops, train_flops
 from txfm_model.model import TxFM
 from txfm_model.plain import PlainTxFM
 
@@ -55,11 +55,24 @@ def test_flops_are_those_that_torch_counts(config, n_genes, bf16):
 
 
 def test_flops_of_activation_checkpointing():
-    model = make_model(BASE, 50)
+    config = replace(BASE, stochastic_depth=0.0)
+    model = make_model(config, 50)
     model.set_activation_checkpointing(True)
-    counted = train_flops(BASE, 50, K, B, activation_checkpointing=True)
+    counted = train_flops(config, 50, K, B, activation_checkpointing=True)
     assert count_flops(lambda: backward(model, 50)) == pytest.approx(counted.executed * B, rel=1e-12)
-    assert counted.total == train_flops(BASE, 50, K, B).total
+    assert counted.total == train_flops(config, 50, K, B).total
+
+
+def test_flops_of_branches_that_are_left_out():
+    """Attention and MLP of block i for a share of samples, by hand; and what is left is what torch counts without them."""
+    config = replace(BASE, blocks=2, stochastic_depth=0.5)  # rates 0 and 0.5
+    counted = train_flops(config, 50, K, B)
+    last = counted.forward["last_block"] + counted.backward["last_block"]
+    assert skipped_flops(config, counted) == pytest.approx(0.5 * last)
+    three = replace(config, blocks=3)  # 0, 0.25, 0.5
+    counted = train_flops(three, 50, K, B, form="plain")
+    blocks = 3 * sum(counted.forward[part] for part in ("qkv", "attention", "out", "mlp"))
+    assert skipped_flops(three, counted) == pytest.approx(0.25 * blocks)
 
 
 def test_flops_by_hand():

@@ -162,3 +162,17 @@ def test_an_anndata_object_is_embedded_as_its_arrays_are(tiny_shards, tiny_files
     named.var_names = [f"{gene}.{i}" for i, gene in enumerate(named.var_names)]
     got = model.embed(named[:, ::-1].copy(), counts_layer="counts", symbols="symbol", library_size="size", batch_size=7)
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_values_that_are_not_whole_are_refused_unless_they_are_expected_counts(tiny_model):
+    import anndata as ad
+    import pandas as pd
+
+    var = pd.DataFrame(index=list(tiny_model.vocabulary.gene_ids[:5]))
+    adata = ad.AnnData(sp.csr_matrix(np.array([[1.5, 0, 2, 3, 0], [1, 0, 0, 0, 4]], np.float32)), var=var)
+    for call in (tiny_model.embed, lambda adata, **options: tiny_model.impute(adata, var.index[:1], **options)):
+        with pytest.raises(ValueError, match=r"not whole, such as 1.5.*non_integer='ok'"):
+            call(adata)
+    assert tiny_model.embed(adata, non_integer="ok").shape == (2, 16)
+    adata.layers["counts"] = np.floor(adata.X.toarray())
+    assert tiny_model.embed(adata, counts_layer="counts").shape == (2, 16)

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from txfm_data import kernels
-from txfm_data.ingest.options import NonInteger
+from txfm_data.matching import NonInteger
 from txfm_data.ragged import Ragged
 from txfm_data.sources.protocol import Source
 from txfm_data.store.protocol import Sink, Values

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from txfm_data.gene_matching import Duplicates
+from txfm_data.matching import NonInteger
 from txfm_data.parallel import Workers
 from txfm_data.store.protocol import Values
 
 EmptySamples = Literal["error", "drop"]
-NonInteger = Literal["error", "ok"]
 Modality = Literal["sc", "bulk"]
 BackendName = Literal["soma", "zarr"]
 

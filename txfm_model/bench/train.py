@@ -21,7 +21,7 @@ from txfm_model.bench.matmul import matmul_rate
 from txfm_model.bench.rows import Feed, Precision, Row, Trainee
 from txfm_model.bench.variants import SAVINGS, VARIANTS
 from txfm_model.config import LoopConfig, ModelConfig, TrainConfig, config_to_dict
-from txfm_model.cost import Flops, memory_estimate, parameter_count, train_flops
+from txfm_model.cost import Flops, memory_estimate, parameter_count, skipped_flops, train_flops
 
 logger = logging.getLogger(__name__)
 
@@ -262,10 +262,12 @@ def _row(row: Row, config: BenchConfig, runs: _Runs, peak: tuple[int | None, str
     seconds, waits = runs.seconds[row.name][1:], runs.waits[row.name][1:]
     rounds = [config.steps * config.batch / s for s in seconds]
     rate = median(rounds)
+    computes_all = VARIANTS[row.variant].computes_all or row.is_compiled
+    done = counted.total - (0 if computes_all else skipped_flops(config.model, counted))
     return found | {
         "rounds": rounds, "samples_per_s": rate, "tokens_per_s": rate * (config.n_unmasked + 1),
-        "flops_per_s": rate * counted.total, "data_wait_share": sum(waits) / sum(seconds),
-        "matmul_share": rate * counted.total / median(runs.matmul[row.precision][1:]),
+        "flops_per_s": rate * done, "data_wait_share": sum(waits) / sum(seconds),
+        "matmul_share": rate * done / median(runs.matmul[row.precision][1:]),
     }  # fmt: skip
 
 
