@@ -386,13 +386,15 @@ class MaskedDataset(IterableDataset[MaskedBatch]):
         rank: int = 0,
         world_size: int = 1,
         temperature: float = 0.0,
+        scale_library: bool = True,
+        raw_counts: bool = False,
         threads: int | None = None,
         cache: CacheConfig | None = None,
     ) -> None:
         self._address, self._cache = str(address), cache
         self._settings: dict[str, Any] = {
             "seed": seed, "global_batch": global_batch, "n_unmasked": n_unmasked, "rank": rank, "world_size": world_size,
-            "temperature": temperature, "threads": threads,
+            "temperature": temperature, "scale_library": scale_library, "raw_counts": raw_counts, "threads": threads,
         }  # fmt: skip
         # Epoch, first batch, and whether worker processes have begun to serve it; in memory that they share.
         self._shared = torch.zeros(3, dtype=torch.int64)
