@@ -88,12 +88,15 @@ def assert_same(found: dict, expected: dict) -> None:
         assert found[name].tobytes() == tensor.tobytes(), name
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tiny_shards, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = run(command(tiny_shards, out, "--loop.steps=400", "--loop.checkpoint_every=null"))
+def uninterrupted_run(tiny_shards: Path, out: Path, steps: int) -> Path:
+    done = run(command(tiny_shards, out, f"--loop.steps={steps}", "--loop.checkpoint_every=null"))
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_shards, tmp_path_factory) -> Path:
+    return uninterrupted_run(tiny_shards, tmp_path_factory.mktemp("uninterrupted") / "run", 400)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
@@ -116,6 +119,7 @@ def test_told_to_stop_it_saves_and_goes_on_later(uninterrupted, tiny_shards, tmp
     assert not leftovers(out)
 
 
+@pytest.mark.slow
 def test_two_processes_told_to_stop_save_once_and_one_goes_on(uninterrupted, tiny_shards, tmp_path):
     out = tmp_path / "run"
     more = ("--loop.steps=400", "--loop.checkpoint_every=null", "--resume=auto")
@@ -135,12 +139,11 @@ def test_two_processes_told_to_stop_save_once_and_one_goes_on(uninterrupted, tin
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-3), here["step"]
 
 
-def survive_kills(tiny_shards: Path, out: Path, kills: int, seed: int) -> int:
+def survive_kills(tiny_shards: Path, out: Path, kills: int, seed: int, steps: int) -> int:
     """Start a run again and again and kill it at random moments; returns how often it was killed."""
     rng = random.Random(seed)
-    arguments = command(
-        tiny_shards, out, "--loop.steps=400", "--loop.checkpoint_every=1", "--loop.keep_checkpoints=2", "--resume=auto"
-    )
+    often = ("--loop.checkpoint_every=1", "--loop.keep_checkpoints=2", "--resume=auto")
+    arguments = command(tiny_shards, out, f"--loop.steps={steps}", *often)
     for killed in range(kills):
         before = checkpoints(out)[-1].name if out.exists() and checkpoints(out) else "step-00000000"
         process = start(arguments)
@@ -159,19 +162,21 @@ def survive_kills(tiny_shards: Path, out: Path, kills: int, seed: int) -> int:
     return kills
 
 
-def test_killed_at_random_moments_it_ends_where_it_would_have(uninterrupted, tiny_shards, tmp_path):
-    assert survive_kills(tiny_shards, tmp_path / "run", kills=2, seed=1) == 2
-    assert_same(weights(tmp_path / "run"), weights(uninterrupted))
+def test_killed_at_random_moments_it_ends_where_it_would_have(tiny_shards, tmp_path):
+    expected = uninterrupted_run(tiny_shards, tmp_path / "uninterrupted", 40)
+    assert survive_kills(tiny_shards, tmp_path / "run", kills=1, seed=1, steps=40) == 1
+    assert_same(weights(tmp_path / "run"), weights(expected))
     assert not leftovers(tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(uninterrupted, tiny_shards, tmp_path):
-    assert survive_kills(tiny_shards, tmp_path / "run", kills=20, seed=2) == 20
+    assert survive_kills(tiny_shards, tmp_path / "run", kills=20, seed=2, steps=400) == 20
     assert_same(weights(tmp_path / "run"), weights(uninterrupted))
     assert not leftovers(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_nothing_is_lost(tiny_shards, tmp_path):
     out = tmp_path / "run"
     more = ("--loop.steps=4000", "--loop.checkpoint_every=5", "--resume=auto")
