@@ -12,12 +12,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from txfm_data.address import is_remote, local_path, redact
+from txfm_data.sources.anndata_parts import MatrixRows, genes_of, hint_of
 from txfm_data.sources.base import SPOOL_BYTES
-from txfm_data.sources.h5ad import SYMBOL_COLUMNS
-from txfm_data.sources.protocol import CHUNK_BYTES, Source, cut_rows, tidy
-from txfm_data.sources.spool import Spool, SpooledMatrix
+from txfm_data.sources.protocol import CHUNK_BYTES, Source, cut_rows
 from txfm_data.sources.zarr_frame import ZarrFrame
-from txfm_data.vocabulary import is_ensembl_gene
 
 _MARKS = ("zarr.json", ".zgroup")
 
@@ -84,8 +82,8 @@ class AnnDataZarrSource:
             "symbols": symbols,
             "spool_bytes": spool_bytes,
         }
-        self._spool_bytes = spool_bytes
-        self._rows: SpooledMatrix | None = None if spooled is None else SpooledMatrix(spooled)
+        self._spool_bytes, self._spooled = spool_bytes, spooled
+        self._rows: MatrixRows | None = None
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{self.where}: no such folder; give the path of what AnnData.write_zarr wrote")
         with self._reading("its structure"):
@@ -121,17 +119,9 @@ class AnnDataZarrSource:
                 f"{self.where}: {self.matrix_name} is {self.n_obs} x {n_vars}, but obs has {self._obs.n_rows} rows and var "
                 f"{len(self.var)}; the folder is inconsistent, write it again"
             )
-        self.gene_ids = tuple(self._var_column(gene_ids, "--gene-ids") if gene_ids else self.var.index.astype(str))
-        chosen = symbols or next((c for c in SYMBOL_COLUMNS if c in self.var.columns), None)
-        self.symbols = tuple(self._var_column(chosen, "--symbols")) if chosen else ("",) * n_vars
-
-    def _var_column(self, name: str, option: str) -> list[str]:
-        if name not in self.var.columns:
-            raise ValueError(
-                f"{self.where}: {option}: var has no column {name!r}; it has {sorted(self.var.columns)} and its index"
-            )
-        column = self.var[name].astype(object)
-        return ["" if missing else str(value) for value, missing in zip(column, column.isna(), strict=True)]
+        self.gene_ids, self.symbols = genes_of(self.var, gene_ids, symbols, self.where)
+        where, part = f"{self.where}: {self.matrix_name}", self.matrix_name
+        self._rows = MatrixRows(self._matrix, where, partial(self._reading, part), self._spool_bytes, self._spooled)
 
     def obs(self, start: int, stop: int) -> pd.DataFrame:
         """Rows [start, stop) of obs; the index holds the samples' names.
@@ -149,19 +139,11 @@ class AnnDataZarrSource:
 
     def gene_hint(self) -> str:
         """Which columns of var hold Ensembl ids, as the end of a sentence that names the options."""
-        columns = {"index": self.var.index.astype(str).tolist()}
-        columns |= {name: self.var[name].astype(str).tolist() for name in self.var.columns}
-        found = {name: n for name, values in columns.items() if (n := sum(map(is_ensembl_gene, values)))}
-        if not found:
-            return "no column of var holds Ensembl ids"
-        held = ", ".join(f"{name} ({n} of {len(self.gene_ids)})" for name, n in found.items())
-        return f"columns of var that hold Ensembl ids: {held}; name the one to use with --gene-ids COLUMN"
+        return hint_of(self.var)
 
     def cuts(self, max_bytes: int = CHUNK_BYTES) -> list[tuple[int, int]]:
         """Consecutive row ranges of at most about `max_bytes` each (one row at the least)."""
-        if self._matrix.by_columns:
-            return self._spooled().cuts(max_bytes)
-        return self._matrix.cuts(max_bytes)
+        return self._open_rows().cuts(max_bytes)
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows [start, stop): columns sorted and unique in a row, zeros not stored, values of the stored dtype.
@@ -174,34 +156,16 @@ class AnnDataZarrSource:
             If a file is damaged.
         """
         self._check_range(start, stop)
-        if self._matrix.by_columns:
-            rows = self._spooled().read(start, stop)
-            rows.data = rows.data.astype(self._matrix.dtype, copy=False)
-            return rows
-        with self._reading(self.matrix_name):
-            return tidy(self._matrix.rows(start, stop))
+        return self._open_rows().read(start, stop)
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.n_obs:
             raise IndexError(f"{self.where}: rows {start} to {stop} of {self.n_obs}")
 
-    def _spooled(self) -> SpooledMatrix:
+    def _open_rows(self) -> MatrixRows:
         if self._rows is None:
-            dtype = "float64" if self._matrix.dtype.kind == "f" else "int64"
-            where = f"{self.where}: {self.matrix_name}"
-            spool = Spool(*self._matrix.shape, max_bytes=self._spool_bytes, dtype=dtype, where=where)
-            try:
-                for rows, columns, values in self._entries():
-                    spool.add(rows, columns, values)
-                self._rows = spool.finish(duplicates="sum")
-            except BaseException:
-                spool.close()
-                raise
+            raise ValueError(f"{self.where}: it is not open")
         return self._rows
-
-    def _entries(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        with self._reading(self.matrix_name):  # not around the spool: a full disk is no fault of what is read
-            yield from self._matrix.entries(self._spool_bytes // 64)
 
     @contextmanager
     def _reading(self, part: str) -> Iterator[None]:
@@ -228,8 +192,7 @@ class AnnDataZarrSource:
 
     def opener(self) -> Callable[[], Source]:
         """A function that opens the same matrix in another process; a matrix by columns is not turned again."""
-        spooled = self._spooled().folder if self._matrix.by_columns else None
-        return partial(open_anndata_zarr, str(self._folder), spooled=spooled, **self._options)
+        return partial(open_anndata_zarr, str(self._folder), spooled=self._open_rows().folder(), **self._options)
 
     def close(self) -> None:
         """Remove what was written for it; a second call does nothing."""

@@ -13,14 +13,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from txfm_data.address import clear_errors, is_remote, join, open_binary, redact
+from txfm_data.sources.anndata_parts import MatrixRows, columns_with_ensembl_ids, genes_of, hint_of
 from txfm_data.sources.base import SPOOL_BYTES
 from txfm_data.sources.h5ad_obs import StoredFrame
-from txfm_data.sources.protocol import CHUNK_BYTES, Source, cut_rows, tidy
-from txfm_data.sources.spool import Spool, SpooledMatrix
-from txfm_data.vocabulary import is_ensembl_gene
+from txfm_data.sources.protocol import CHUNK_BYTES, Source, cut_rows
 
-SYMBOL_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "symbol", "gene_name")
-"""Columns of var that are taken as symbols when none is named: the spellings of Census, 10x and scanpy."""
 _HASH_BYTES = 4 * 1024**2
 
 
@@ -82,8 +79,8 @@ class H5adSource:
             "symbols": symbols,
             "spool_bytes": spool_bytes,
         }
-        self._spool_bytes = spool_bytes
-        self._rows: SpooledMatrix | None = None if spooled is None else SpooledMatrix(spooled)
+        self._spool_bytes, self._spooled = spool_bytes, spooled
+        self._rows: MatrixRows | None = None
         self._handle: Any = None
         self._file: Any = None
         try:
@@ -140,17 +137,9 @@ class H5adSource:
                 f"{self.where}: {self.matrix_name} is {self.n_obs} x {n_vars}, but obs has {self._obs.n_rows} rows and var "
                 f"{len(self.var)}; the file is inconsistent, write it again"
             )
-        self.gene_ids = tuple(self._var_column(gene_ids, "--gene-ids") if gene_ids else self.var.index.astype(str))
-        chosen = symbols or next((c for c in SYMBOL_COLUMNS if c in self.var.columns), None)
-        self.symbols = tuple(self._var_column(chosen, "--symbols")) if chosen else ("",) * n_vars
-
-    def _var_column(self, name: str, option: str) -> list[str]:
-        if name not in self.var.columns:
-            raise ValueError(
-                f"{self.where}: {option}: var has no column {name!r}; it has {sorted(self.var.columns)} and its index"
-            )
-        column = self.var[name].astype(object)
-        return ["" if missing else str(value) for value, missing in zip(column, column.isna(), strict=True)]
+        self.gene_ids, self.symbols = genes_of(self.var, gene_ids, symbols, self.where)
+        where, part = f"{self.where}: {self.matrix_name}", self.matrix_name
+        self._rows = MatrixRows(self._matrix, where, partial(self._reading, part), self._spool_bytes, self._spooled)
 
     def obs(self, start: int, stop: int) -> pd.DataFrame:
         """Rows [start, stop) of obs, read from the file; the index holds the samples' names.
@@ -168,25 +157,15 @@ class H5adSource:
 
     def columns_with_ensembl_ids(self) -> dict[str, int]:
         """Columns of var (and "index") that hold Ensembl gene ids, with how many: what an error can suggest."""
-        kinds = {c: self.var[c].dtype for c in self.var.columns}
-        names = [c for c, kind in kinds.items() if isinstance(kind, pd.CategoricalDtype) or kind.kind in "OUST"]
-        columns = {"index": self.var.index.astype(str).tolist()} | {c: self._var_column(c, "") for c in names}
-        found = {name: sum(map(is_ensembl_gene, values)) for name, values in columns.items()}
-        return {name: n for name, n in found.items() if n}
+        return columns_with_ensembl_ids(self.var)
 
     def gene_hint(self) -> str:
         """Which columns of var hold Ensembl ids, as the end of a sentence that names the options."""
-        found = self.columns_with_ensembl_ids()
-        if not found:
-            return "no column of var holds Ensembl ids"
-        held = ", ".join(f"{name} ({n} of {len(self.gene_ids)})" for name, n in found.items())
-        return f"columns of var that hold Ensembl ids: {held}; name the one to use with --gene-ids COLUMN"
+        return hint_of(self.var)
 
     def cuts(self, max_bytes: int = CHUNK_BYTES) -> list[tuple[int, int]]:
         """Consecutive row ranges of at most about `max_bytes` each (one row at the least)."""
-        if self._matrix.by_columns:
-            return self._spooled().cuts(max_bytes)
-        return self._matrix.cuts(max_bytes)
+        return self._open_rows().cuts(max_bytes)
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows [start, stop): columns sorted and unique in a row, zeros not stored, values of the file's dtype.
@@ -199,34 +178,16 @@ class H5adSource:
             If the file is damaged.
         """
         self._check_range(start, stop)
-        if self._matrix.by_columns:
-            rows = self._spooled().read(start, stop)
-            rows.data = rows.data.astype(self._matrix.dtype, copy=False)
-            return rows
-        with self._reading(self.matrix_name):
-            return tidy(self._matrix.rows(start, stop))
+        return self._open_rows().read(start, stop)
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.n_obs:
             raise IndexError(f"{self.where}: rows {start} to {stop} of {self.n_obs}")
 
-    def _spooled(self) -> SpooledMatrix:
+    def _open_rows(self) -> MatrixRows:
         if self._rows is None:
-            dtype = "float64" if self._matrix.dtype.kind == "f" else "int64"
-            where = f"{self.where}: {self.matrix_name}"
-            spool = Spool(*self._matrix.shape, max_bytes=self._spool_bytes, dtype=dtype, where=where)
-            try:
-                for rows, columns, values in self._entries():
-                    spool.add(rows, columns, values)
-                self._rows = spool.finish(duplicates="sum")
-            except BaseException:
-                spool.close()
-                raise
+            raise ValueError(f"{self.where}: it is not open")
         return self._rows
-
-    def _entries(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        with self._reading(self.matrix_name):  # not around the spool: a full disk is no fault of the file
-            yield from self._matrix.entries(self._spool_bytes // 64)
 
     @contextmanager
     def _reading(self, part: str) -> Iterator[None]:
@@ -254,8 +215,7 @@ class H5adSource:
 
     def opener(self) -> Callable[[], Source]:
         """A function that opens the same matrix in another process; a matrix by columns is not turned again."""
-        spooled = self._spooled().folder if self._matrix.by_columns else None
-        return partial(open_h5ad, self._address, spooled=spooled, **self._options)
+        return partial(open_h5ad, self._address, spooled=self._open_rows().folder(), **self._options)
 
     def close(self) -> None:
         """Close the file and remove what was written for it; a second call does nothing."""
