@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 _STATUS = Path("/proc/self/status")
 _EVERY_S = 0.005
@@ -62,13 +63,25 @@ def stream_afresh(request: Request) -> Found:
     ValueError
         If it failed; with the last it said.
     """
-    command = [sys.executable, str(Path(__file__).resolve()), json.dumps(asdict(request))]
+    found = run_afresh(__file__, asdict(request), f"{request.shards}: streaming it in a process of its own")
+    return Found(**found | {"waits_s": tuple(found["waits_s"])})
+
+
+def run_afresh(script: str, request: dict[str, Any], what: str) -> dict[str, Any]:
+    """Run a script of ours in a new process, with a request as JSON; what its last line says, as JSON.
+
+    Raises
+    ------
+    ValueError
+        If it failed; names `what`, with the last that it said.
+    """
+    command = [sys.executable, str(Path(script).resolve()), json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ValueError(f"{request.shards}: streaming it in a process of its own failed: {last}")
-    found = json.loads(done.stdout)
-    return Found(**found | {"waits_s": tuple(found["waits_s"])})
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ValueError(f"{what} failed: {last}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 class PeakMemory:

@@ -5,7 +5,6 @@ Run as a file with one JSON argument; prints one JSON object.
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,12 +44,9 @@ def train_afresh(request: Request) -> Found:
     ValueError
         If it failed; with the last it said.
     """
-    command = [sys.executable, str(Path(__file__).resolve()), json.dumps(asdict(request))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ValueError(f"{request.row}: its steps in a process of their own failed: {last}")
-    return Found(**json.loads(done.stdout.splitlines()[-1]))
+    from shards.bench.fresh import run_afresh
+
+    return Found(**run_afresh(__file__, asdict(request), f"{request.row}: its steps in a process of their own"))
 
 
 def _train(request: Request) -> Found:
