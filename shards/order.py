@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from txfm_data.kernels import hash_range
+from txfm_data.random_order import permutation
 
 # Streams of the hash that are not masks; sample ids stay below all of them.
 BLOCKS = 2**62
@@ -85,13 +86,6 @@ def sort_keys(start: int, stop: int, *, seed: int, item: int) -> np.ndarray:
     keys = np.empty(stop - start, np.uint64)
     hash_range(seed, 0, item, keys, start)
     return keys
-
-
-def permutation(n: int, *, seed: int, epoch: int, item: int) -> np.ndarray:
-    """Random order of 0..n-1, (n,) int64, from the hash stream (seed, epoch, item)."""
-    keys = np.empty(n, np.uint64)
-    hash_range(seed, epoch, item, keys)
-    return np.argsort(keys, kind="stable")
 
 
 def block_sizes(n_samples: int, block_rows: int, lanes: int) -> np.ndarray:

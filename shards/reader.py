@@ -20,11 +20,12 @@ from shards.blocks import BlockReader
 from shards.buffers import BufferPool, Buffers
 from shards.codec import Block
 from shards.manifest import TRAIN_SAMPLES, Corpus
-from shards.order import BLOCKS, LANES, BatchPlan, Layout, permutation, rank_plan
+from shards.order import BLOCKS, LANES, BatchPlan, Layout, rank_plan
 from shards.packing import take, unpack_counts, unpack_genes
 from txfm_data.address import is_remote
 from txfm_data.kernels import keep_samples
 from txfm_data.ragged import Ragged
+from txfm_data.random_order import permutation
 
 _AHEAD_BLOCKS = 6
 _AHEAD_SAMPLES = 8_192

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from shards.select import VAL_BATCHES, Chosen, ShardConfig, hold_out
+from shards.select import VAL_BATCHES, Chosen, ShardConfig
+from txfm_data.hold_out import hold_out
 
 if TYPE_CHECKING:  # a machine that only trains has no tiledbsoma
     from txfm_data.store.protocol import Store

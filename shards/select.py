@@ -1,13 +1,12 @@
-"""What goes into a shard corpus: datasets, the genes each keeps, and which samples are held out. Reads no counts."""
+"""What goes into a shard corpus: datasets and the genes each keeps. Reads no counts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shards.codec import MAX_BLOCK_SAMPLES
-from shards.order import permutation
 from txfm_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:  # a machine that only trains has no tiledbsoma
@@ -15,7 +14,6 @@ if TYPE_CHECKING:  # a machine that only trains has no tiledbsoma
     from txfm_data.store.ledger import DatasetRecord
     from txfm_data.store.protocol import Store
 
-_SPLIT_BATCHES, _SPLIT_SAMPLES = 2**60 + 2**40, 2**60 + 2**41
 VAL_BATCHES = 0.1
 """Share of the batches that is held out where nobody says otherwise."""
 
@@ -172,30 +170,3 @@ def _expressed(store: "Store", record: "DatasetRecord", config: ShardConfig) -> 
             "lower --min-cells or --min-cell-fraction, or leave the dataset out with --datasets"
         )
     return genes
-
-
-def hold_out(
-    codes: np.ndarray, names: Sequence[str], *, share: float, seed: int
-) -> tuple[np.ndarray, str, tuple[str, ...]]:
-    """Which samples of one dataset are validation: whole experimental batches, at least one and never all.
-
-    codes : (n,) integers. Batch of each sample, a position in `names`.
-    A dataset of a single batch has samples drawn instead, and says so.
-
-    Returns
-    -------
-    (n,) bool, "batches" | "samples" | "none", and the names of the batches held out.
-    """
-    is_val = np.zeros(len(codes), bool)
-    if share == 0 or len(codes) < 2:
-        return is_val, "none", ()
-    there = sorted(np.unique(codes).tolist(), key=lambda code: names[code])
-    if len(there) == 1:
-        n = min(max(1, round(share * len(codes))), len(codes) - 1)
-        is_val[permutation(len(codes), seed=seed, epoch=0, item=_SPLIT_SAMPLES)[:n]] = True
-        return is_val, "samples", ()
-    n = min(max(1, round(share * len(there))), len(there) - 1)
-    chosen = [there[i] for i in permutation(len(there), seed=seed, epoch=0, item=_SPLIT_BATCHES)[:n].tolist()]
-    is_held = np.zeros(len(names), bool)
-    is_held[chosen] = True
-    return is_held[codes], "batches", tuple(sorted(names[code] for code in chosen))

@@ -13,13 +13,14 @@ import pyarrow as pa
 
 from shards import manifest as mf
 from shards.codec import Block, BlockSchema, encode
-from shards.order import SHUFFLE, block_sizes, permutation
+from shards.order import SHUFFLE, block_sizes
 from shards.packing import Packed, pack, take
 from shards.tar import TarShard, file_entry
 from txfm_data.kernels import normalize
 from txfm_data.panels import make_panels, write_panels
 from txfm_data.progress import Progress, ignore
 from txfm_data.ragged import Ragged, concatenate
+from txfm_data.random_order import permutation
 from txfm_data.vocabulary import GeneStatistics, Vocabulary, write_vocabulary
 
 TARGET_SUM = 1e5

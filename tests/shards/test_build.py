@@ -8,7 +8,7 @@ import pyarrow as pa
 import webdataset
 
 from shards.manifest import Corpus
-from shards.order import SHUFFLE, permutation
+from shards.order import SHUFFLE
 from shards.select import ShardConfig, select
 from shards.verify import verify
 from shards.writer import build_shards, plan_shards
@@ -16,6 +16,7 @@ from tests.shards.builds import blocks_of, expected_rows, files_of, rows_of, sma
 from tests.txfm_data import stores
 from txfm_data import ingest
 from txfm_data.parallel import Workers
+from txfm_data.random_order import permutation
 from txfm_data.store.opening import open_store
 
 CONFIG = {"block_rows": 8, "lanes": 2, "seed": 3, "shard_bytes": 2**20}

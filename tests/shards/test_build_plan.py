@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shards import shuffle, spill
 from shards.gather import _groups
-from shards.order import SHUFFLE, block_sizes, permutation, sort_keys
+from shards.order import SHUFFLE, block_sizes, sort_keys
 from shards.packing import pack
 from shards.samples import Column, read_samples
 from shards.scatter import _order, sample_bytes
@@ -17,6 +17,7 @@ from shards.select import ShardConfig, select
 from shards.shuffle import cut_keys, make_plan
 from shards.spill import Field
 from txfm_data.ragged import Ragged
+from txfm_data.random_order import permutation
 from txfm_data.store.opening import open_store
 
 

@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shards import order
-from shards.order import Layout, batches_in_epoch, block_sizes, permutation, rank_lanes, rank_plan, sort_keys
+from shards.order import Layout, batches_in_epoch, block_sizes, rank_lanes, rank_plan, sort_keys
+from txfm_data.random_order import permutation
 
 WORD = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
