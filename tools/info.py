@@ -1,4 +1,4 @@
-"""Say what a store, a shard folder or a checkpoint holds."""
+"""Say what a store, a selection, a shard folder or a checkpoint holds."""
 
 import sys
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tools.runner import Terminal, run_verb
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Say what a store, a shard folder or a checkpoint holds, without reading its counts or weights."""
+    """Say what a store, a selection, a shard folder or a checkpoint holds, without reading its counts or weights."""
 
     path: str
     """The folder."""
@@ -30,6 +30,10 @@ def run(options: Options, terminal: Terminal) -> dict[str, Any]:
         from txfm_model.checkpoint import checkpoint_info
 
         return {"kind": kind, **checkpoint_info(options.path)}
+    if kind == "selection":
+        from txfm_data.selection import inspect_selection
+
+        return {"kind": kind, "path": options.path, **inspect_selection(options.path)}
     return _store(options.path)
 
 
@@ -50,6 +54,8 @@ def summary(result: dict[str, Any]) -> str:
     """Names and values, one a line; datasets and the overlaps of their panels as tables."""
     if result["kind"] == "shards":
         return _shards_summary(result)
+    if result["kind"] == "selection":
+        return "\n".join(_selection_lines(result))
     lines = []
     for key, value in result.items():
         if key in ("datasets", "genes_in_common"):
@@ -64,6 +70,19 @@ def summary(result: dict[str, Any]) -> str:
             f"  {d['name']}: {d['n_obs']:,} samples x {d['n_panel']:,} genes, {d['modality']}, {d['values']}, from {d['source']}"
         )
     return "\n".join([*lines, *_overlaps(result.get("genes_in_common", {}))])
+
+
+def _selection_lines(result: dict[str, Any]) -> list[str]:
+    """A selection in words, a line for each dataset, and how it was made if a curation made it."""
+    lines = [f"{key.replace('_', ' ')}: {result[key]}" for key in ("kind", "path", "sha256")]
+    held = "" if result["n_val"] is None else f", {result['n_val']:,} of them held out"
+    lines.append(f"samples: {result['n_samples']:,}{held}")
+    lines += [
+        f"  {d['name']}: {d['n_samples']:,} of {d['n_obs']:,} samples, {d['n_genes']:,} genes"
+        for d in result["datasets"]
+    ]
+    lines += [f"{path.name}: {path.stat().st_size:,} bytes" for path in sorted(Path(result["path"]).iterdir())]
+    return lines
 
 
 def _shards_summary(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Check every checksum and sum of a store, a shard folder or a checkpoint."""
+"""Check every checksum and sum of a store, a selection, a shard folder or a checkpoint."""
 
 import sys
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tools.runner import Terminal, run_verb
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Read a store, a shard folder or a checkpoint whole and compare it with what was recorded when it was written."""
+    """Read a store, a selection, a shard folder or a checkpoint whole and compare it with what was recorded when it was written."""
 
     path: str
     """The folder."""
@@ -34,6 +34,11 @@ def run(options: Options, terminal: Terminal) -> dict[str, Any]:
         from txfm_model.checkpoint import verify_checkpoint
 
         return {"kind": kind, "path": options.path, **verify_checkpoint(options.path)}
+    if kind == "selection":
+        from txfm_data.selection import inspect_selection
+
+        found = inspect_selection(options.path)
+        return {"kind": kind, "path": options.path, "samples": found["n_samples"], "datasets": len(found["datasets"])}
     from txfm_data.store.verify import verify as verify_store
 
     result = verify_store(options.path, progress=progress)

@@ -22,6 +22,9 @@ Value = str | int | float | bool
 MULTIVALUE_SEPARATOR = " || "
 """Between the terms of one cell that has several, as the Census joins diseases since schema 2.4.0."""
 
+MULTIVALUED = "disease"
+"""The column of obs whose entries may join several terms."""
+
 _OPERATORS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=",
 }  # fmt: skip

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,15 @@ def write_selection(
     sample_id: np.ndarray,
     genes: Mapping[str, np.ndarray],
     is_val: np.ndarray | None = None,
+    *,
+    also: Callable[[Path], None] | None = None,
 ) -> Selection:
     """Write a selection of a store's samples and genes.
 
     folder : must not exist yet, or be empty.
     sample_id : (n,) integers, ascending.  genes : for each dataset that gives samples, ascending tokens of the store.
     is_val : (n,) bool, to fix which samples are held out.
+    also : writes further files into the folder that it is given, before the selection appears.
 
     Raises
     ------
@@ -67,8 +70,7 @@ def write_selection(
         If the selection is empty, or names what the store, or a dataset of it, does not hold.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists and is not an empty folder; name another one, or remove it first")
+    check_new_selection(folder)
     where = f"{folder}: selection"
     names = {record.name for record in store.datasets}
     unknown = sorted(genes.keys() - names)
@@ -88,6 +90,8 @@ def write_selection(
     try:
         _write_samples(part / SAMPLES, ids, split)
         _write_panels(part / PANELS, store, records, panels)
+        if also is not None:
+            also(part)
         sha256 = _write_head(part, records, panels, ids)
         if folder.exists():
             folder.rmdir()
@@ -96,6 +100,13 @@ def write_selection(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return Selection(records, tuple(panel.astype(np.int64) for panel in panels), ids, split, sha256)
+
+
+def check_new_selection(folder: str | Path) -> None:
+    """Refuse a folder that a selection cannot be written to: FileExistsError."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists and is not an empty folder; name another one, or remove it first")
 
 
 def _write_samples(path: Path, sample_id: np.ndarray, is_val: np.ndarray | None) -> None:
@@ -131,7 +142,7 @@ def _write_head(
     }  # fmt: skip
     text = json.dumps(head, indent=1) + "\n"
     (part / SELECTION).write_text(text, encoding="utf-8")
-    for path in (part / SAMPLES, part / PANELS, part / SELECTION, part):
+    for path in (*sorted(part.iterdir()), part):
         _sync(path)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -160,17 +171,8 @@ def read_selection(folder: str | Path, store: Store) -> Selection:
         If it is damaged, of another version or of another store, or names what the store does not hold.
     """
     folder = Path(folder)
+    head, sha256 = _read_head(folder)
     file = folder / SELECTION
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no {SELECTION} there, so no finished selection; name the folder of one")
-    data = file.read_bytes()
-    head = _parse(file, data)
-    for name, entry in head["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing, though {SELECTION} names it; copy the whole folder")
-        if _file(path) != entry:
-            raise ValueError(f"{path}: its size or sha256 is not as {SELECTION} says; the file is damaged, {_REMEDY}")
     records = _records(file, head, store)
     sample_id, is_val = _read_samples(folder / SAMPLES)
     _check_samples(str(folder / SAMPLES), store, records, sample_id)
@@ -183,7 +185,45 @@ def read_selection(folder: str | Path, store: Store) -> Selection:
                 f"{file}: dataset {entry['name']!r} has {n} samples and {len(panel)} genes, expected {entry['n_samples']} and "
                 f"{entry['n_genes']}; the selection is damaged, {_REMEDY}"
             )
-    return Selection(records, panels, sample_id, is_val, hashlib.sha256(data).hexdigest())
+    return Selection(records, panels, sample_id, is_val, sha256)
+
+
+def inspect_selection(folder: str | Path) -> dict[str, Any]:
+    """What a selection holds, its checksums checked; without the store, so not whether it fits one.
+
+    Returns
+    -------
+    dict
+        sha256, n_samples, n_val (None where the selection leaves that open), datasets (as in ``selection.json``).
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no selection, or it is damaged or of another version.
+    """
+    folder = Path(folder)
+    head, sha256 = _read_head(folder)
+    ids, is_val = _read_samples(folder / SAMPLES)
+    return {
+        "sha256": sha256, "n_samples": len(ids),
+        "n_val": None if is_val is None else int(is_val.sum()), "datasets": head["datasets"],
+    }  # fmt: skip
+
+
+def _read_head(folder: Path) -> tuple[dict[str, Any], str]:
+    """Head of a selection whose files are as it says, and the sha256 of the head."""
+    file = folder / SELECTION
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no {SELECTION} there, so no finished selection; name the folder of one")
+    data = file.read_bytes()
+    head = _parse(file, data)
+    for name, entry in head["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing, though {SELECTION} names it; copy the whole folder")
+        if _file(path) != entry:
+            raise ValueError(f"{path}: its size or sha256 is not as {SELECTION} says; the file is damaged, {_REMEDY}")
+    return head, hashlib.sha256(data).hexdigest()
 
 
 _KEYS = {"name": str, "content_sha256": str, "obs_start": int, "n_obs": int, "n_samples": int, "n_genes": int}

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from txfm_data.obs_filter import (
     MULTIVALUE_SEPARATOR,
+    MULTIVALUED,
     Filter,
     Value,
     check,
@@ -26,8 +27,6 @@ from txfm_data.sources.census_release import NEEDED_OBS, CensusRelease
 _log = logging.getLogger(__name__)
 
 PRIMARY = "is_primary_data"
-MULTIVALUED = "disease"
-"""The column of obs whose entries may join several terms."""
 PLAN_ROWS = 2**21
 """Rows of obs of one query of the plan: at most 100 MB of the four columns it needs and the filter's."""
 PANELS_A_READ = 64

@@ -26,6 +26,9 @@ from txfm_data.vocabulary import Vocabulary
 _AHEAD = 16 * layout.CHUNK
 """Values that a scan decodes at once: a few MiB, enough for the codec's threads."""
 
+_Readers = tuple[Reader, Reader, Reader | None]
+"""Of indptr, gene ids and counts; counts are 1 where they are not read."""
+
 
 class ZarrStore:
     """The committed part of a store, as it was when opened (`txfm_data.store.protocol.Store`).
@@ -195,6 +198,13 @@ class ZarrStore:
 
         Each chunk is decoded once; held are the rows of one part and about a million values besides.
         """
+        return self._scan(start, stop, rows, self._data)
+
+    def scan_genes(self, start: int, stop: int, *, rows: int = 2_048) -> Iterator[tuple[int, Ragged]]:
+        """As `scan`, every count given as 1: the array of the counts, more than half of the work, is not read."""
+        return self._scan(start, stop, rows, None)
+
+    def _scan(self, start: int, stop: int, rows: int, data: Any) -> Iterator[tuple[int, Ragged]]:
         if not 0 <= start <= stop <= self.n_obs:
             raise ValueError(f"{self.path}: rows {start} to {stop} asked for, but the store has {self.n_obs}")
         if rows < 1:
@@ -204,7 +214,8 @@ class ZarrStore:
         with self._reading():
             end = int(Reader(self._indptr).read(stop, stop + 1)[0])
         readers = (
-            Reader(self._indptr), Reader(self._indices, ahead=_AHEAD, stop=end), Reader(self._data, ahead=_AHEAD, stop=end),
+            Reader(self._indptr), Reader(self._indices, ahead=_AHEAD, stop=end),
+            None if data is None else Reader(data, ahead=_AHEAD, stop=end),
         )  # fmt: skip
         for low in range(start, stop, rows):
             yield low, self._read(readers, low, min(low + rows, stop))
@@ -224,24 +235,28 @@ class ZarrStore:
         parts = [self._read(readers, int(run[0]), int(run[-1]) + 1) for run in np.split(ids, cuts)]
         return parts[0] if len(parts) == 1 else concatenate(parts)
 
-    def _read(self, readers: tuple[Reader, Reader, Reader], low: int, high: int) -> Ragged:
+    def _read(self, readers: _Readers, low: int, high: int) -> Ragged:
         """Rows [low, high), checked: nothing that the arrays claim is believed before it fits the rest."""
         with self._reading():
             return self._read_checked(readers, low, high)
 
-    def _read_checked(self, readers: tuple[Reader, Reader, Reader], low: int, high: int) -> Ragged:
+    def _read_checked(self, readers: _Readers, low: int, high: int) -> Ragged:
         where = f"{self.path}: rows {low} to {high}"
         indptr = readers[0].read(low, high + 1).astype(np.int64)
         first, last = int(indptr[0]), int(indptr[-1])
         if not 0 <= first <= last <= self._data.shape[0] or (np.diff(indptr) < 0).any():
             raise ValueError(f"{where}: indptr falls, or leaves the {self._data.shape[0]} values; the data is damaged")
-        genes, values = readers[1].read(first, last), readers[2].read(first, last)
+        genes = readers[1].read(first, last)
         if len(genes) and (int(genes.min()) < 0 or int(genes.max()) >= self._n_vars):
             raise ValueError(
                 f"{where}: gene ids {genes.min()} to {genes.max()}, the vocabulary has {self._n_vars} genes; "
                 "the data is damaged"
             )
-        samples = Ragged(indptr - first, genes.astype(np.uint16), values.copy())
+        if readers[2] is None:
+            values = np.broadcast_to(self.dtype.type(1), last - first)  # one number, shown many times
+        else:
+            values = readers[2].read(first, last).copy()
+        samples = Ragged(indptr - first, genes.astype(np.uint16), values)
         samples.check(self._n_vars, where)
         return samples
 

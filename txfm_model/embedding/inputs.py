@@ -248,7 +248,7 @@ class SourceInput:
         self._source.close()
 
 
-class _Tokens:
+class Tokens:
     """Translates gene ids of a store or corpus to tokens of the model."""
 
     def __init__(self, own: Vocabulary, model: Vocabulary) -> None:
@@ -281,7 +281,7 @@ class StoreInput:
         if store.values == "normalized":
             raise ValueError(f"{store.path}: holds normalised values, and a model needs counts; name a store of counts")
         records = store.datasets if options.dataset is None else (store.dataset(options.dataset),)
-        self._tokens = _Tokens(store.vocabulary, vocabulary)
+        self._tokens = Tokens(store.vocabulary, vocabulary)
         self._first = records[0].obs_start if records else 0
         self._stop = records[-1].obs_stop if records else 0
         self._starts = np.array([record.obs_start for record in records], np.int64)
@@ -397,7 +397,7 @@ class CorpusInput:
         from shards.blocks import BlockReader
 
         self._corpus, self.where = corpus, str(corpus.address)
-        self._tokens = _Tokens(corpus.vocabulary, vocabulary)
+        self._tokens = Tokens(corpus.vocabulary, vocabulary)
         splits = ("train", "val") if options.split == "all" else (options.split,)
         self._readers = {split: BlockReader(corpus, split) for split in splits}
         self._blocks = [
