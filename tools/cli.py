@@ -11,14 +11,16 @@ if __package__ in (None, ""):  # run as a file from a checkout
 VERBS = {
     "ingest": "Ingest count matrices into a store.",
     "store": "Convert a store to the other backend, append one to another, or tidy its fragments.",
+    "curate": "Curate a store by a recipe of rules into a selection, with an audit of what each rule did.",
+    "corpus": "Plan and build a corpus that a file describes: sources, curation, shards, and what was expected.",
     "shard": "Build shuffled training shards from a store.",
     "train": "Train TxFM on a shard corpus.",
     "embed": "Embed the samples of a file, a store or a shard corpus with a trained model.",
     "genes": "Write the two gene matrices of a model, with Ensembl ids and symbols, as parquet.",
     "impute": "Predict the expression of chosen genes, measured or not, with a trained model.",
     "evaluate": "Score a model: relationship recall of its gene representations.",
-    "info": "Say what a store, a shard folder or a checkpoint holds.",
-    "verify": "Check every checksum and sum of a store, a shard folder or a checkpoint.",
+    "info": "Say what a store, a selection, a shard folder or a checkpoint holds.",
+    "verify": "Check every checksum and sum of a store, a selection, a shard folder or a checkpoint.",
     "bench": "Measure the stream of training batches, or training itself, each beside a plain one.",
     "simulate": "Simulate a small multi-dataset corpus with known gene programs.",
     "quickstart": "Run the whole road, from counts to an evaluation, on simulated data or on your own h5ad files.",
@@ -62,6 +64,10 @@ def _main_of(verb: str) -> Callable[[Sequence[str] | None], int]:
             from tools.ingest import main as verb_main
         case "store":
             from tools.store import main as verb_main
+        case "curate":
+            from tools.curate import main as verb_main
+        case "corpus":
+            from tools.corpus import main as verb_main
         case "shard":
             from tools.shard import main as verb_main
         case "train":
