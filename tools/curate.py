@@ -96,6 +96,8 @@ def _dry_lines(result: dict[str, Any]) -> list[str]:
     lines.append(
         f"within {result['memory_bytes'] / 2**20:,.0f} MiB; writes up to {result['bytes_of_selection'] / 1e6:,.1f} MB"
     )
+    if any(step["rule"] == "phenoprints" for step in result["steps"]):
+        lines.append("phenoprints: scratch of 4 bytes for each value of the embedding (cells x width)")
     lines.append("dry run, nothing written")
     return lines
 

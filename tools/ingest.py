@@ -243,17 +243,12 @@ def run_list(options: ListOptions, terminal: Terminal) -> dict[str, Any]:
 
 
 def _read_list(name: str) -> list[dict[str, Any]]:
-    import yaml
-
-    from tools.options import yaml_loader
+    from txfm_data.yaml_file import read_yaml
 
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a YAML file with a list of sources")
-    try:
-        entries = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml_loader())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file ({error})") from error
+    entries = read_yaml(path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(
             f"{path}: expected a list of entries, such as: - {{kind: h5ad, path: a.h5ad, dataset: a, values: counts}}"

@@ -6,7 +6,6 @@ image). A test holds the two equal.
 
 import dataclasses
 import importlib.util
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -110,35 +109,24 @@ def merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
 
 def read_yaml(path: str) -> dict[str, Any]:
     """Return a configuration file as a dict."""
-    import yaml
+    from txfm_data import yaml_file
 
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml_loader())
+        tree = yaml_file.read_yaml(Path(path))
     except OSError as err:
         raise UsageError(f"--config: {path}: {err.strerror}") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise UsageError(f"--config: {path}: not YAML: {' '.join(str(err).split())}") from err
+    except ValueError as err:
+        raise UsageError(f"--config: {err}") from err
     if not isinstance(tree, dict):
         raise UsageError(f"--config: {path}: expected keys and values, got {type(tree).__name__}")
     return tree
 
 
-def yaml_loader() -> Any:
-    """Return PyYAML's safe loader with the floats of YAML 1.2, in which 1e-3 is a number."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    digits, exponent = r"\d[\d_]*", r"[eE][-+]?\d+"
-    number = re.compile(rf"^[-+]?((({digits})?\.{digits}|{digits}\.)({exponent})?|{digits}{exponent})$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    return Loader
-
-
 def read_word(text: str, hint: Any) -> Any:
     """Return what one word of a command line means for a field of type `hint`; text where text is allowed."""
     import yaml
+
+    from txfm_data.yaml_file import Loader
 
     plain = without_none(hint)
     is_optional = plain is not hint
@@ -150,7 +138,7 @@ def read_word(text: str, hint: Any) -> Any:
     if text in choices:
         return text
     try:
-        return yaml.load(text, Loader=yaml_loader())
+        return yaml.load(text, Loader=Loader)
     except yaml.YAMLError:
         return text
 

@@ -201,7 +201,7 @@ def _logs_to_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_raise(terminal: Terminal) -> Iterator[None]:
-    """Make Ctrl-C and SIGTERM exceptions, so that half-written files are removed; handlers of others stay.
+    """Make Ctrl-C, SIGTERM and SIGHUP exceptions, so that half-written files are removed; handlers of others stay.
 
     An exception raised while a library runs a callback of its own (h5py has many) can be swallowed there: the terminal
     remembers it and raises it again at the next progress call.
@@ -212,6 +212,11 @@ def _signals_raise(terminal: Terminal) -> Iterator[None]:
         for number, default, kind in (
             (signal.SIGINT, signal.default_int_handler, KeyboardInterrupt),
             (signal.SIGTERM, signal.SIG_DFL, Terminated),
+            (
+                signal.SIGHUP,
+                signal.SIG_DFL,
+                Terminated,
+            ),  # the terminal was closed; nohup has it ignored, and so it stays
         )
         if is_main_thread and signal.getsignal(number) is default
     }

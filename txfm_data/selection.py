@@ -105,6 +105,8 @@ def write_selection(
 def check_new_selection(folder: str | Path) -> None:
     """Refuse a folder that a selection cannot be written to: FileExistsError."""
     folder = Path(folder)
+    if folder.is_symlink():
+        raise FileExistsError(f"{folder}: is a link; name a folder that does not exist yet")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not an empty folder; name another one, or remove it first")
 
@@ -139,6 +141,7 @@ def _write_head(
             for record, panel, n in zip(records, panels, counts, strict=True)
         ],
         "files": {name: _file(part / name) for name in (SAMPLES, PANELS)},
+        "also": {path.name: _file(path) for path in sorted(part.iterdir()) if path.name not in (SAMPLES, PANELS)},
     }  # fmt: skip
     text = json.dumps(head, indent=1) + "\n"
     (part / SELECTION).write_text(text, encoding="utf-8")
@@ -203,7 +206,18 @@ def inspect_selection(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     head, sha256 = _read_head(folder)
+    for name, entry in head.get("also", {}).items():
+        path = folder / name
+        if path.name != name or not path.is_file() or _file(path) != entry:
+            raise ValueError(f"{path}: missing, or not as {SELECTION} says; the file is damaged, {_REMEDY}")
     ids, is_val = _read_samples(folder / SAMPLES)
+    edges = [(entry["obs_start"], entry["obs_start"] + entry["n_obs"]) for entry in head["datasets"]]
+    found = [int(np.searchsorted(ids, stop) - np.searchsorted(ids, start)) for start, stop in edges]
+    stated = [entry["n_samples"] for entry in head["datasets"]]
+    if found != stated or sum(found) != len(ids) or (np.diff(ids) <= 0).any():
+        raise ValueError(
+            f"{folder}: {SAMPLES} has {found} samples of the datasets, {SELECTION} says {stated}; {_REMEDY}"
+        )
     return {
         "sha256": sha256, "n_samples": len(ids),
         "n_val": None if is_val is None else int(is_val.sum()), "datasets": head["datasets"],

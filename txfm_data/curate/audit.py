@@ -119,7 +119,9 @@ def audit_lines(audit: Audit) -> list[str]:
 
 def _title(step: Step) -> str:
     shown = {
-        k: v for k, v in step.parameters.items() if k not in ("datasets", "note") and v not in (None, False, [], "")
+        k: v
+        for k, v in step.parameters.items()
+        if k not in ("datasets", "note") and not (v is None or v is False or v in ([], ""))
     }
     return f"{step.rule} ({', '.join(f'{k}: {_value(v)}' for k, v in shown.items())})"
 
@@ -180,7 +182,7 @@ def _plot(path: Path, audit: Audit) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     base = [0.0] * len(labels)
     for name, counts in zip(names, left, strict=True):
-        top.bar(labels, counts, bottom=base, label=name, width=0.7)
+        top.bar(labels, counts, bottom=base, label=f" {name}", width=0.7)  # matplotlib hides labels that begin with _
         base = [low + count for low, count in zip(base, counts, strict=True)]
     top.set_ylabel("samples left")
     top.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

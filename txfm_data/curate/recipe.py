@@ -1,6 +1,7 @@
 """A recipe: the rules of a curation in their order, read from YAML and checked before anything else is."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,6 +92,10 @@ class _ByLabel(Rule):
 
     def __post_init__(self) -> None:
         self._refuse(not self.values, f"values of {self.column!r} are empty; name at least one")
+        self._refuse(
+            any(isinstance(value, float) and not math.isfinite(value) for value in self.values),
+            f"values of {self.column!r} hold NaN or infinity, which no label is; use a filter for what is missing",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +116,13 @@ class Drop(_ByLabel):
 class Subsample(Rule):
     """Keep a random part of the samples of each value of `column`, drawn by `seed` and the sample's id alone.
 
-    fraction : share to keep of each, 0 to 1.  max_samples : most to keep of each.  One of the two.
-    values : of the column whose samples are drawn from; samples of others all stay.  Default: all values.
+    Each value is drawn from in each dataset for itself, and samples without a value all stay: two datasets that share a
+    value may keep twice `max_samples` of it.
+
+    fraction : share to keep of each value in each dataset, 0 to 1, at least one sample.  max_samples : most to keep of each
+        value in each dataset.  One of the two.
+    values : of the column whose samples are drawn from, as they are written there (of joined diseases the whole entry);
+        samples of others all stay.  Default: all values.
     seed : by default the recipe's.
     """
 
@@ -158,7 +168,9 @@ class HoldOut(Rule):
     """Hold out whole experimental batches of each dataset for validation, of those with samples left.
 
     share : of the batches, 0 to below 1, at least one and never all; chosen as `txfm shard --val-batches` does.
-    batches : names of those to hold out instead.  seed : by default the recipe's.
+    batches : names of those to hold out instead. A name means the batch of that name in every dataset of the rule, also where
+        several have one; `datasets` narrows it.
+    seed : by default the recipe's.
     """
 
     name = "hold_out"
@@ -177,7 +189,8 @@ class Genes(Rule):
     """Say which genes of the datasets' panels make the vocabulary; without it, all of them do (their union).
 
     min_datasets : a gene must be measured in so many of the rule's datasets; 1 is the union.
-    keep, drop : text files of Ensembl gene ids, one a line (versions are cut off); genes to keep, or to leave out.
+    keep, drop : text files of Ensembl gene ids, one a line (versions are cut off); genes to keep, or to leave out. Ids that
+        the store does not know are warned of, and are an error if it knows none.
     """
 
     name = "genes"
@@ -343,9 +356,12 @@ def parse_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"{where}: seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
     if datasets is not None and (
-        not isinstance(datasets, Sequence) or isinstance(datasets, str) or not all(type(d) is str for d in datasets)
+        not datasets
+        or not isinstance(datasets, Sequence)
+        or isinstance(datasets, str)
+        or not all(type(d) is str for d in datasets)
     ):
-        raise ValueError(f"{where}: datasets must be a list of names, got {datasets!r}")
+        raise ValueError(f"{where}: datasets must be a list of at least one name, got {datasets!r}")
     return Recipe(rules=rules, datasets=None if datasets is None else tuple(datasets), seed=seed)
 
 
@@ -353,11 +369,13 @@ def _rule(entry: Any, where: str) -> Rule:
     if not isinstance(entry, Mapping) or "rule" not in entry:
         raise ValueError(f"{where}: expected a mapping with the key rule, such as rule: genes_by_cells; got {entry!r}")
     name = entry["rule"]
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ValueError(f"{where}: there is no rule {name!r}; {did_you_mean(str(name), RULES)}")
     parameters = {key: value for key, value in entry.items() if key != "rule"}
     try:
         rule = from_tree(RULES[name], parameters)
+        if rule.datasets is not None and not rule.datasets:
+            raise ValueError(f"rule {name}: datasets are empty; name at least one, or leave datasets out to mean all")
         seed = getattr(rule, "seed", None)
         if seed is not None and not 0 <= seed <= MAX_SEED:
             raise ValueError(f"rule {name}: seed must be a whole number from 0 to 2^63 - 1, got {seed}")
@@ -375,13 +393,9 @@ def read_recipe(path: str | Path) -> Recipe:
     FileNotFoundError, ValueError, TypeError
         If there is no such file, it is not YAML, or not a recipe.
     """
-    import yaml
+    from txfm_data.yaml_file import read_yaml
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe; name a YAML file with the key rules")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    return parse_recipe(tree, str(path))
+    return parse_recipe(read_yaml(path), str(path))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from txfm_data.address import is_remote, local_path
 from txfm_data.config_tree import to_tree
 from txfm_data.curate import label_rules, phenoprint, quality, recipe
 from txfm_data.curate.audit import Audit, DatasetStep, Step, write_audit
-from txfm_data.curate.state import Context, Details, Embedder, State
+from txfm_data.curate.scratch import scratch_folder
+from txfm_data.curate.state import Context, Details, Embedder, State, no_progress, say_nothing
 from txfm_data.obs_filter import nearest
 from txfm_data.parallel import Pool, Workers, pool
-from txfm_data.progress import Progress, ignore
+from txfm_data.progress import Progress
 from txfm_data.selection import check_new_selection, write_selection
 from txfm_data.store.ledger import DatasetRecord
 from txfm_data.store.opening import open_store
@@ -49,22 +52,16 @@ CHECK: dict[type[recipe.Rule], Check] = {
 }
 _NO_SAMPLES_LOST = (recipe.GenesByCells, recipe.HoldOut, recipe.Genes)
 """Rules that are not there to drop samples, so that keeping all of them is nothing to warn of."""
+_REMOTE = ("s3:/", "gs:/", "az:/", "http:/", "https:/")
+"""What `pathlib` makes of an address."""
 _RESERVED = 512 * 1024**2
 """What the process holds besides a rule's own memory: the interpreter, Arrow, TileDB."""
 _LEAST_MEMORY = 768 * 1024**2
 
 
-def _no_progress(label: str) -> Progress:
-    return ignore
-
-
-def _silent(text: str) -> None:
-    """Tell nobody."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class CurateOptions:
-    """How a curation runs; nothing here changes what is selected.
+    """How a curation runs; what is selected does not depend on it, but for the device that a checkpoint computes on.
 
     workers : where counts are read, and the memory of all of it.  embed : opens checkpoints for phenoprints.
     scratch : folder for what is needed meanwhile; by default beside the selection.
@@ -74,8 +71,8 @@ class CurateOptions:
     workers: Workers = Workers()
     embed: Embedder | None = None
     scratch: str | Path | None = None
-    progress: Callable[[str], Progress] = _no_progress
-    say: Callable[[str], None] = _silent
+    progress: Callable[[str], Progress] = no_progress
+    say: Callable[[str], None] = say_nothing
 
     def __post_init__(self) -> None:
         least = _LEAST_MEMORY * max(1, self.workers.n)
@@ -111,19 +108,20 @@ def curate(
     """
     options = options or CurateOptions()
     out = Path(out)
-    check_new_selection(out)
     opened = open_store(store)
+    scratch = _check_folders(out, store, options.scratch)
     records = _datasets(opened, rules)
     _check(opened, rules, records)
     if dry_run:
         return _plan(opened, rules, records, out, options)
     state = State.of(opened, records)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.curate-", dir=_scratch(out, options)) as folder:
-        extras = Path(folder) / "extras"
+    with scratch_folder(out, scratch) as folder:
+        extras = folder / "extras"
         extras.mkdir()
         with pool(options.workers) as running:
             audit = _apply_all(state, rules, extras, running, options)
         kept = [record for record in records if state.n_samples(record)]
+        _check_genes(state, kept, audit)
         if not kept:
             raise ValueError(
                 f"{opened.path}: no sample is left after the last rule; nothing was written. " + _where_lost(audit)
@@ -153,10 +151,27 @@ def curate(
     }  # fmt: skip
 
 
-def _scratch(out: Path, options: CurateOptions) -> Path:
-    folder = out.parent if options.scratch is None else Path(options.scratch)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _check_folders(out: Path, store: str | Path, scratch: str | Path | None) -> Path:
+    """Refuse, before any work, folders that could not be written to or would harm what is there; returns that of the scratch."""
+    for name, folder in (("the selection", out), ("--scratch", scratch)):
+        if folder is not None and (is_remote(folder) or str(folder).startswith(_REMOTE)):
+            raise ValueError(f"{folder}: {name} is written to a local folder; name one")
+    check_new_selection(out)
+    chosen = out.parent if scratch is None else Path(scratch)
+    target = out.resolve()
+    for name, folder in (("the selection", target), ("--scratch", chosen.resolve())):
+        if not is_remote(store):
+            inside = local_path(store).resolve()
+            if inside == folder or (inside in folder.parents):
+                raise ValueError(
+                    f"{folder}: {name} would lie in the store {store}, which holds nothing else; name another folder"
+                )
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing if existing != target else target.parent, os.W_OK):
+            raise PermissionError(f"{folder}: {name} cannot be written there; name a folder that you may write to")
+    if chosen.resolve() == target or target in chosen.resolve().parents:
+        raise ValueError(f"{chosen}: --scratch would lie in the selection {out}; name another folder")
+    return chosen
 
 
 def _datasets(store: Store, rules: recipe.Recipe) -> tuple[DatasetRecord, ...]:
@@ -284,6 +299,8 @@ def _apply(rule: recipe.Rule, state: State, context: Context) -> Step:
         for name in _all_held_out(state)
         if name not in untrained
     ]
+    if n_val and not step.samples_val:
+        told.append("drops every sample that was held out: nothing is left to validate on")
     return replace(step, warnings=tuple(told))
 
 
@@ -310,6 +327,22 @@ def _warnings(rule: recipe.Rule, step: Step, n_val: int) -> list[str]:
     if same_genes and same_samples:
         told.append("keeps everything" if not isinstance(rule, _NO_SAMPLES_LOST) else "keeps every gene")
     return told
+
+
+def _check_genes(state: State, kept: list[DatasetRecord], audit: Audit) -> None:
+    """Refuse datasets that have samples and no gene, naming the rule that took the last one."""
+    for record in kept:
+        if not len(state.panels[record.name]):
+            rule = next(
+                s
+                for s in audit.steps
+                for d in s.datasets
+                if d.dataset == record.name and d.genes_in and not d.genes_out
+            )
+            raise ValueError(
+                f"rule {rule.number} ({rule.rule}): leaves dataset {record.name!r} no gene, but no rule drops its "
+                f"{state.n_samples(record):,} samples; lower the rule's bound, or leave the dataset out (datasets of the recipe)"
+            )
 
 
 def _where_lost(audit: Audit) -> str:

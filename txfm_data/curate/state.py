@@ -80,11 +80,12 @@ class Embedder(Protocol):
         ...
 
 
-def _silent(text: str) -> None:
+def say_nothing(text: str) -> None:
     """Tell nobody."""
 
 
-def _no_progress(label: str) -> Progress:
+def no_progress(label: str) -> Progress:
+    """Show nothing."""
     return ignore
 
 
@@ -107,5 +108,5 @@ class Context:
     n_workers: int = 1
     memory: int = 1024**3
     embed: Embedder | None = None
-    progress: Callable[[str], Progress] = field(default=_no_progress)
-    say: Callable[[str], None] = field(default=_silent)
+    progress: Callable[[str], Progress] = field(default=no_progress)
+    say: Callable[[str], None] = field(default=say_nothing)

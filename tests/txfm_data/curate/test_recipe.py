@@ -9,6 +9,7 @@ from txfm_data.curate import recipe
 from txfm_data.curate.recipe import EmbeddingSpec, Phenoprints, Recipe, parse_recipe, read_recipe, with_model
 
 PCA = EmbeddingSpec(kind="pca")
+CAP = {"rule": "cap", "max_samples": 1}
 
 
 def of(*rules: dict, **more: object) -> Recipe:
@@ -52,9 +53,13 @@ def test_a_recipe_is_read_back_from_its_own_tree() -> None:
         ({"rules": [{"rule": "cap", "max_samples": 1}], "sed": 1}, ["'sed'", "seed"]),
         ({"rules": [{"rule": "cap", "max_samples": 1}], "seed": -1}, ["seed", "-1"]),
         ({"rules": [{"rule": "cap", "max_samples": 1}], "seed": True}, ["seed", "True"]),
-        ({"rules": [{"rule": "cap", "max_samples": 1}], "datasets": "a"}, ["list of names"]),
+        ({"rules": [{"rule": "cap", "max_samples": 1}], "datasets": "a"}, ["list of at least one name"]),
         ({"rules": [{"rule": "cap", "max_samples": 1}], "seed": 2**63}, ["seed", "2^63"]),
         ({"rules": [{"rule": "cap", "max_samples": 1, "seed": -1}]}, ["rule 1", "seed", "-1"]),
+        ({"rules": [CAP], "datasets": []}, ["at least one name"]),
+        ({"rules": [CAP | {"datasets": []}]}, ["rule 1", "datasets are empty"]),
+        ({"rules": [{"rule": ["cap"]}]}, ["rule 1", "there is no rule ['cap']"]),
+        ({"rules": [{"rule": "drop", "column": "a", "values": [float("nan")]}]}, ["rule 1", "'a'", "NaN"]),
         ({"rules": [{"max_samples": 1}]}, ["rule 1", "key rule"]),
         ({"rules": [{"rule": "gene_by_cells"}]}, ["rule 1", "genes_by_cells"]),
         ({"rules": [{"rule": "cap", "max_samples": 0}]}, ["rule 1", "max_samples", "at least 1"]),
@@ -92,6 +97,14 @@ def test_files_that_are_no_yaml_or_not_there(tmp_path) -> None:
     (tmp_path / "bad.yaml").write_text("rules: [")
     with pytest.raises(ValueError, match=r"bad\.yaml: not YAML"):
         read_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "twice.yaml").write_text(
+        "rules: [{rule: cap, max_samples: 9}]\nseed: 1\nrules: [{rule: cap, max_samples: 1e1}]"
+    )
+    with pytest.raises(ValueError, match="the key 'rules' stands twice"):
+        read_recipe(tmp_path / "twice.yaml")
+    (tmp_path / "deep.yaml").write_text("rules: " + "[" * 5_000)
+    with pytest.raises(ValueError, match="nested too deep"):
+        read_recipe(tmp_path / "deep.yaml")
     (tmp_path / "code.yaml").write_text("rules: !!python/object/apply:os.getcwd []")
     with pytest.raises(ValueError, match="not YAML"):
         read_recipe(tmp_path / "code.yaml")

@@ -13,8 +13,9 @@ from tests.conftest import GENES_A, GENES_B, gene_id, make_adata
 from txfm_data import ingest
 from txfm_data.curate.recipe import Recipe, parse_recipe
 from txfm_data.curate.run import CurateOptions, curate
+from txfm_data.curate.scratch import scratch_folder
 from txfm_data.parallel import Workers
-from txfm_data.selection import Selection, read_selection
+from txfm_data.selection import Selection, inspect_selection, read_selection
 from txfm_data.store.opening import open_store
 
 CELL_TYPES = ("T cell", "B cell")
@@ -169,14 +170,16 @@ def test_random_recipes_equal_plain_numpy(
     out = tmp_path_factory.mktemp("c") / "s"
     expected = {name: (plain.alive[name], plain.genes[name]) for name in plain.data if plain.alive[name].any()}
     if not expected or not all(genes.any() for _, genes in expected.values()):
-        with pytest.raises(ValueError, match=r"no sample is left|no gene"):
+        with pytest.raises(
+            ValueError, match=r"no sample is left|rule \d \(genes_by_cells\): leaves dataset .* no gene"
+        ):
             curate(store, recipe_of(*given_rules), out)
         assert not out.exists()
         return
     try:
         curate(store, recipe_of(*given_rules), out)
     except ValueError as error:  # a dataset lost its genes before it lost its samples
-        assert "gene" in str(error)
+        assert "leaves dataset" in str(error) and "no gene" in str(error)
         return
     found: Selection = read_selection(out, open_store(store))
     ids = open_store(store).vocabulary.gene_ids
@@ -200,6 +203,10 @@ def test_random_recipes_equal_plain_numpy(
         (
             [{"rule": "hold_out", "batches": ["b1"]}, {"rule": "keep", "column": "batch", "values": ["b1"], "datasets": ["b"]}],
             ["leaves no sample of b to train on"],
+        ),
+        (
+            [{"rule": "hold_out", "batches": ["b1"]}, {"rule": "drop", "column": "batch", "values": ["b1"]}],
+            ["drops every sample that was held out"],
         ),
         (
             [{"rule": "filter", "where": "raw_sum < 0", "datasets": ["a"]}, {"rule": "cap", "max_samples": 9, "datasets": ["a"]}],
@@ -227,7 +234,7 @@ def test_rules_that_keep_nothing_or_everything_warn(
         ({"rules": [{"rule": "drop", "column": "cell_type", "values": ["T cells"]}]}, ["rule 1 (drop)", "T cell"]),
         ({"rules": [{"rule": "filter", "where": "raw_sums > 3"}]}, ["rule 1 (filter)", "raw_sum"]),
         ({"rules": [{"rule": "filter", "where": "raw_sum < 0"}]}, ["no sample is left", "Rule 1 (filter)"]),
-        ({"rules": [{"rule": "genes_by_cells", "min_cells": 65}]}, ["gene", "'a'"]),
+        ({"rules": [{"rule": "genes_by_cells", "min_cells": 65}]}, ["rule 1 (genes_by_cells)", "'a' no gene", "64 samples"]),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_store_is_refused_and_nothing_written(
@@ -263,6 +270,64 @@ def test_a_disease_is_found_where_cells_have_several(tmp_path: Path) -> None:
         assert set((ids % 4).tolist()) == wanted and len(ids) == 16 * len(wanted)
     with pytest.raises(ValueError, match="asthma"):
         curate(tmp_path / "store", recipe_of({"rule": "filter", "where": "disease == 'astma'"}), tmp_path / "bad")
+
+
+@pytest.mark.parametrize("inside", ["sel", "a/b", "."])
+def test_nothing_is_written_into_the_store(tmp_path: Path, inside: str) -> None:
+    make_adata(1, GENES_A).write_h5ad(tmp_path / "a.h5ad")
+    ingest.h5ad(tmp_path / "a.h5ad", tmp_path / "store", "a")
+    rules = recipe_of({"rule": "cap", "max_samples": 9})
+    out = tmp_path / "store" / inside
+    with pytest.raises((ValueError, FileExistsError), match=r"would lie in the store|not an empty folder"):
+        curate(tmp_path / "store", rules, out)
+    with pytest.raises(ValueError, match="--scratch would lie in the store"):
+        curate(
+            tmp_path / "store", rules, tmp_path / "s", CurateOptions(scratch=tmp_path / "store" / "deep"), dry_run=True
+        )
+    with pytest.raises(ValueError, match="--scratch would lie in the selection"):
+        curate(tmp_path / "store", rules, tmp_path / "s", CurateOptions(scratch=tmp_path / "s" / "deep"))
+    assert curate(tmp_path / "store", rules, tmp_path / "s")["n_samples"] == 9
+    assert open_store(tmp_path / "store").n_obs == 64
+
+
+def test_folders_that_cannot_be_written_are_refused_at_once(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "file").touch()
+    for out, message in (
+        ("s3://bucket/sel", "local folder"), (tmp_path / "link", "is a link"), (tmp_path / "file" / "s", "cannot be written"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, OSError), match=message):
+            curate(store, recipe_of(*RULES), out, dry_run=True)
+    with pytest.raises(ValueError, match="no sample is left"):
+        curate(store, recipe_of({"rule": "filter", "where": "raw_sum < 0"}), tmp_path / "p" / "q" / "r")
+    assert not (tmp_path / "p").exists()
+
+
+def test_what_a_killed_run_left_is_removed_and_a_living_one_is_not_disturbed(store: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".s.curate" / "work"
+    left.mkdir(parents=True)
+    (left / "embedding.npy").write_bytes(b"x" * 100)
+    with scratch_folder(tmp_path / "other", tmp_path) as held, pytest.raises(ValueError, match="another process"):
+        assert held.is_dir()
+        curate(store, recipe_of(*RULES), tmp_path / "other")
+    curate(store, recipe_of(*RULES), tmp_path / "s")
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_selection_that_does_not_say_what_it_holds_is_found(store: Path, tmp_path: Path) -> None:
+    for name, change in (
+        ("audit", lambda head, folder: (folder / "audit.json").write_text("{}")),
+        ("count", lambda head, folder: head["datasets"][0].update(n_samples=5_000)),
+    ):
+        folder = tmp_path / name
+        curate(store, recipe_of(*RULES), folder)
+        inspect_selection(folder)
+        head = json.loads((folder / "selection.json").read_text())
+        change(head, folder)
+        (folder / "selection.json").write_text(json.dumps(head))
+        with pytest.raises(ValueError, match=r"damaged|make the selection again"):
+            inspect_selection(folder)
 
 
 def test_a_dry_run_checks_and_writes_nothing(store: Path, tmp_path: Path) -> None:
