@@ -14,7 +14,7 @@ from tests.conftest import GENES_A, make_adata
 from tests.txfm_data.curate.contexts import context_of
 from txfm_data import ingest
 from txfm_data.curate import blocks
-from txfm_data.curate.embedding import check_embedding, make_embedding
+from txfm_data.curate.embedding import check_embedding, fingerprint_of, make_embedding
 from txfm_data.curate.recipe import EmbeddingSpec
 from txfm_data.curate.state import State
 from txfm_data.store.opening import open_store
@@ -109,6 +109,20 @@ def test_parts_do_not_change_the_result(
     assert sum(sizes) == state.n_samples(state.records[0])
     assert all(part_rows <= size < part_rows + 5 for size in sizes[:-1])
     np.testing.assert_allclose(embed(state, tmp_path, checkpoint, n_unmasked=9), whole, atol=1e-5)
+
+
+def test_a_checkpoint_is_told_from_another_by_its_files(checkpoint: Path, tmp_path: Path) -> None:
+    def told(path: Path) -> dict[str, str]:
+        return fingerprint_of(EmbeddingSpec(kind="checkpoint", path=str(path)))
+
+    model = TxFM.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "same")
+    with torch.no_grad():
+        model.head.weight[0, 0] += 1
+    model.save_pretrained(tmp_path / "other")
+    assert sorted(told(checkpoint)) == ["config.json", "model.safetensors"]
+    assert told(tmp_path / "same")["model.safetensors"] == told(checkpoint)["model.safetensors"]
+    assert told(tmp_path / "other")["model.safetensors"] != told(checkpoint)["model.safetensors"]
 
 
 def test_progress_counts_samples(state: State, checkpoint: Path, tmp_path: Path) -> None:

@@ -249,8 +249,8 @@ def fit_alignment(
     controls = np.flatnonzero(is_control & use)
     if len(controls) < 2:
         raise ValueError(
-            f"alignment: found {len(controls)} control cells, at least 2 are needed for the principal axes; mark controls "
-            "(is_control), or do not align"
+            f"alignment: found {len(controls)} control cells, at least 2 are needed for the principal axes; mark or keep more "
+            "controls (is_control)"
         )
     center, axes, variances = _principal_axes(embedding, controls)
     moments = _Moments(n_batches, axes.shape[1])
@@ -320,7 +320,10 @@ def _principal_axes(embedding: Embedding, rows: np.ndarray) -> tuple[np.ndarray,
     variances, axes = variances[::-1], axes[:, ::-1]
     # Below this the spread is rounding of the values themselves.
     if variances[0] <= 1e-14 * float(mean @ mean) or variances[0] <= 0:
-        raise ValueError(f"alignment: the {n} control cells are all equal, they have no principal axes; do not align")
+        raise ValueError(
+            f"alignment: the {n} control cells are all equal, so they have no principal axes; look whether the embedding "
+            "is that of these cells"
+        )
     kept = int(np.count_nonzero(variances > _LEAST_VARIANCE * variances[0]))
     return mean.astype(np.float32), np.ascontiguousarray(axes[:, :kept], np.float32), variances[:kept]
 

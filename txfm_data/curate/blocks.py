@@ -1,5 +1,6 @@
 """The counts of a dataset in blocks of rows, which do not depend on how many workers there are."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -102,11 +103,17 @@ def _take(samples: Ragged, at: np.ndarray) -> Ragged:
     return Ragged(indptr, samples.gene_ids[entries], samples.counts[entries])
 
 
+def version_of(store: Store) -> str:
+    """A sha256 of the ledger of a store and its genes: another one once a dataset is added, or the store is made anew."""
+    ledger = "\n".join([store.backend, store.vocabulary.fingerprint, *map(repr, store.datasets)])
+    return hashlib.sha256(ledger.encode()).hexdigest()
+
+
 @lru_cache(maxsize=2)
-def opened(path: str, n_obs: int) -> Store:
+def opened(path: str, version: str) -> Store:
     """A store for tasks of this process, opened once.
 
-    n_obs : its samples when the task was made, so that a store that has grown is opened anew.
+    version : of the store when the task was made (`version_of`), so that one that has changed since is opened anew.
     """
     from txfm_data.store.opening import open_store
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from txfm_data.curate.pca import check_components, streaming_pca
 from txfm_data.curate.rows import RowFile, labels_of, positions_in
 from txfm_data.obs_filter import nearest
+from txfm_data.sources.hashing import file_sha256
 from txfm_data.store.ledger import DatasetRecord
 from txfm_data.store.protocol import Store
 
@@ -27,6 +28,8 @@ _FILE_BYTES = 16 * 1024**2
 """Of an embedding in a file, read at a time."""
 _LABEL_ROWS = 65_536
 _CHECKPOINT_FILES = ("config.json", "model.safetensors", "vocabulary.parquet")
+_MODEL_FILES = _CHECKPOINT_FILES[:2]
+"""Those that make a model what it is; config.json names the vocabulary by its sha256."""
 
 
 def check_embedding(spec: "EmbeddingSpec", store: Store, records: tuple[DatasetRecord, ...]) -> None:
@@ -86,6 +89,26 @@ def make_embedding(spec: "EmbeddingSpec", state: "State", record: DatasetRecord,
     return out
 
 
+def fingerprint_of(spec: "EmbeddingSpec") -> dict[str, str]:
+    """What tells one file or model from another at the same path: sha256 by name of file; empty for what the store gives.
+
+    Of a model on the Hugging Face Hub the id, as "hub".
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file or the checkpoint is gone.
+    """
+    if spec.kind not in ("file", "checkpoint") or spec.path is None:
+        return {}
+    path = Path(spec.path).expanduser()
+    if spec.kind == "file":
+        return {path.name: file_sha256(path)}
+    if not path.is_dir():
+        return {"hub": spec.path}
+    return {name: file_sha256(_inside(path) / name) for name in _MODEL_FILES}
+
+
 def numbered_columns(store: Store, prefix: str) -> list[str]:
     """Columns of obs named by `prefix` and a number (``PC1``, ``PC_2``), in the order of the number.
 
@@ -137,12 +160,16 @@ def _check_checkpoint(path: str) -> None:
         if may_be_id:
             return
         raise FileNotFoundError(f"embedding: no checkpoint at {path}: there is no such folder")
-    inside = folder if (folder / _CHECKPOINT_FILES[0]).is_file() else folder / "checkpoint"
-    missing = [name for name in _CHECKPOINT_FILES if not (inside / name).is_file()]
+    missing = [name for name in _CHECKPOINT_FILES if not (_inside(folder) / name).is_file()]
     if missing:
         raise ValueError(
             f"embedding: {path} is no checkpoint, it lacks {', '.join(missing)}; name a folder that has them"
         )
+
+
+def _inside(folder: Path) -> Path:
+    """Folder with the files of a checkpoint: the one that is named, or that in the folder of a run."""
+    return folder if (folder / _CHECKPOINT_FILES[0]).is_file() else folder / "checkpoint"
 
 
 class _EmbeddedFile:
@@ -162,6 +189,8 @@ class _EmbeddedFile:
             ) from error
         try:
             self._matrix = self._find_matrix()
+            self._obs = self._find_obs()
+            self._check_origin()
             self.ids = self._read_ids()
             self._order = np.argsort(self.ids, kind="stable")
         except BaseException:
@@ -191,22 +220,33 @@ class _EmbeddedFile:
             or not matrix.shape[1]
         ):
             raise self._refuse(f"obsm[{self._key!r}] is no dense matrix of floating-point numbers with columns")
+        return matrix
+
+    def _find_obs(self) -> Any:
+        obs = self._file.get("obs")
+        if not isinstance(obs, h5py.Group) or obs.attrs.get("_index") not in obs:
+            raise self._refuse("has no obs with an index; write it with txfm embed STORE")
+        return obs
+
+    def _check_origin(self) -> None:
+        """Refuse what is of another input than a store, or says nothing of the store that it could be told from others by."""
         about = self._file.get(f"uns/txfm_{self._key}/input")
-        kind = "store"
+        kind = None
         if isinstance(about, h5py.Dataset) and h5py.check_string_dtype(about.dtype) and about.shape == ():
             kind = about.asstr()[()]
-        if kind != "store":
+        if kind not in (None, "store"):
             raise self._refuse(
                 f"its samples are those of an input of kind {kind!r}, expected a store, whose rows they could be matched to; "
                 "write it with txfm embed STORE"
             )
-        return matrix
+        if kind is None and self._numbers("raw_sum") is None and self._dataset_names() is None:
+            raise self._refuse(
+                f"nothing in it says that its samples are those of the store: it has neither uns[{'txfm_' + self._key!r}], nor "
+                "raw_sum or dataset_id in obs, which txfm embed STORE writes; write it so, or add the column raw_sum of the store"
+            )
 
     def _read_ids(self) -> np.ndarray:
-        obs = self._file.get("obs")
-        index = None if obs is None else obs.attrs.get("_index")
-        if obs is None or index not in obs:
-            raise self._refuse("has no obs with an index; write it with txfm embed STORE")
+        obs, index = self._obs, self._obs.attrs["_index"]
         column = self._numbers("soma_joinid")
         column = self._numbers(str(index)) if column is None else column
         if column is not None:
@@ -218,6 +258,11 @@ class _EmbeddedFile:
                 raise self._refuse(
                     f"its samples are not named by their row of a store ({error}); write it with txfm embed STORE"
                 ) from error
+        broken = np.flatnonzero(~np.isfinite(ids) | (ids != np.floor(ids)))
+        if len(broken):
+            raise self._refuse(
+                f"sample {broken[0]} is named {ids[broken[0]]}, which is no row of a store; write it with txfm embed STORE"
+            )
         ids = np.asarray(ids).astype(np.int64)
         if len(ids) != len(self._matrix):
             raise self._refuse(
@@ -231,8 +276,15 @@ class _EmbeddedFile:
 
     def _numbers(self, name: str) -> Any:
         """A column of obs that holds plain numbers; None if there is none of that name."""
-        column = self._file["obs"].get(name)
+        column = self._obs.get(name)
         return column if isinstance(column, h5py.Dataset) and column.dtype.kind in "iuf" else None
+
+    def _dataset_names(self) -> Any:
+        """The column dataset_id of obs, as categories or as text; None if there is none of either form."""
+        column = self._obs.get("dataset_id")
+        if isinstance(column, h5py.Group):
+            return column if {"categories", "codes"} <= set(column) else None
+        return column if column is not None and h5py.check_string_dtype(column.dtype) else None
 
     def check(self, store: Store, record: DatasetRecord, rows: np.ndarray, *, all_of_them: bool = True) -> None:
         """Refuse a file that lacks samples of a dataset, or whose dataset names and library sizes are not the store's.
@@ -247,7 +299,7 @@ class _EmbeddedFile:
                 f"{store.path}; embed them too"
             )
         rows, places = rows[at >= 0], self._order[at[at >= 0]]
-        column = self._file["obs"].get("dataset_id")
+        column = self._dataset_names()
         if column is not None:
             for low in range(0, len(rows), _LABEL_ROWS):
                 self._check_names(column, record, rows[low : low + _LABEL_ROWS], places[low : low + _LABEL_ROWS])
@@ -264,7 +316,7 @@ class _EmbeddedFile:
 
     def _check_names(self, column: Any, record: DatasetRecord, rows: np.ndarray, places: np.ndarray) -> None:
         low, high = int(places.min()), int(places.max()) + 1
-        if "categories" in column:
+        if isinstance(column, h5py.Group):
             names = column["categories"].asstr()[:]
             codes = column["codes"][low:high][places - low]
             found = np.where(codes >= 0, names[np.maximum(codes, 0)], "")

@@ -10,10 +10,18 @@ import numpy as np
 
 from txfm_data import obs_filter
 from txfm_data.curate import recipe
-from txfm_data.curate.labels import check_label, kind_of, read_codes, read_controls, read_mask, values_among
+from txfm_data.curate.labels import (
+    MOST_VALUES,
+    check_label,
+    kind_of,
+    read_codes,
+    read_controls,
+    read_mask,
+    values_among,
+)
 from txfm_data.curate.state import Context, Details, State
 from txfm_data.hold_out import hold_out
-from txfm_data.random_order import sample_keys
+from txfm_data.random_order import count_values, draw_samples
 from txfm_data.store.ledger import DatasetRecord
 from txfm_data.store.protocol import Store
 from txfm_data.vocabulary import strip_version
@@ -22,6 +30,8 @@ Records = tuple[DatasetRecord, ...]
 
 _NAMED = 20
 """Batches that the details name; of more, the first."""
+_GENES_NAMED = 5
+"""Genes that a warning names; of more, the first."""
 
 
 # --- filter, keep, drop ----------------------------------------------------------------------------------------------
@@ -29,11 +39,8 @@ _NAMED = 20
 
 def apply_filter(rule: recipe.FilterObs, state: State, records: Records, context: Context) -> Details:
     """Keep the samples that pass the filter; a null does not pass. A disease is found in cells that have several, too."""
-    parsed = obs_filter.parse(rule.where, "where")
-    if obs_filter.MULTIVALUED in parsed.literals:
-        every = values_among(state.store, obs_filter.MULTIVALUED, records) or set()
-        parsed = obs_filter.expand_multivalued(parsed, obs_filter.MULTIVALUED, {str(value) for value in every})
-    return _keep(read_mask(state.store, parsed), rule.keep_controls, state, records)
+    passes = _passes(obs_filter.parse(rule.where, "where"), state.store, records)
+    return _keep(passes, rule.keep_controls, state, records)
 
 
 def check_filter(rule: recipe.FilterObs, store: Store, records: Records) -> None:
@@ -51,23 +58,21 @@ def check_filter(rule: recipe.FilterObs, store: Store, records: Records) -> None
     def values_of(column: str) -> Collection[obs_filter.Value] | None:
         if kind_of(store, column) != "text":
             return None
-        found = _occurring(store, column, parsed.literals[column], records)
-        if column == obs_filter.MULTIVALUED:
-            found = {*found, *(term for value in found for term in str(value).split(obs_filter.MULTIVALUE_SEPARATOR))}
-        return found
+        return _occurring(store, column, parsed.literals[column], records, with_terms=True)
 
     obs_filter.check(parsed, store.obs_schema(), values_of, "where")
 
 
 def apply_keep(rule: recipe.Keep, state: State, records: Records, context: Context) -> Details:
-    """Keep the samples whose label is one of the values; a null is none of them."""
-    return _keep(read_mask(state.store, obs_filter.is_in(rule.column, rule.values)), rule.keep_controls, state, records)
+    """Keep the samples whose label is one of the values; a null is none of them. Diseases are found as by `apply_filter`."""
+    is_named = _passes(obs_filter.is_in(rule.column, rule.values), state.store, records)
+    return _keep(is_named, rule.keep_controls, state, records)
 
 
 def apply_drop(rule: recipe.Drop, state: State, records: Records, context: Context) -> Details:
-    """Drop the samples whose label is one of the values; a null stays."""
-    is_dropped = read_mask(state.store, obs_filter.is_in(rule.column, rule.values))
-    return _keep(~is_dropped, rule.keep_controls, state, records)
+    """Drop the samples whose label is one of the values; a null stays. Diseases are found as by `apply_filter`."""
+    is_named = _passes(obs_filter.is_in(rule.column, rule.values), state.store, records)
+    return _keep(np.logical_not(is_named, out=is_named), rule.keep_controls, state, records)
 
 
 def check_keep(rule: recipe.Keep, store: Store, records: Records) -> None:
@@ -78,12 +83,36 @@ def check_keep(rule: recipe.Keep, store: Store, records: Records) -> None:
     ValueError
         Names the near ones.
     """
-    _check_values(rule.column, rule.values, store, records)
+    _check_values(rule.column, rule.values, store, records, with_terms=True)
 
 
 def check_drop(rule: recipe.Drop, store: Store, records: Records) -> None:
     """As `check_keep`."""
-    _check_values(rule.column, rule.values, store, records)
+    _check_values(rule.column, rule.values, store, records, with_terms=True)
+
+
+def _passes(filter_: obs_filter.Filter, store: Store, records: Records) -> np.ndarray:
+    """Which samples pass, (store.n_obs,) bool; of the datasets also those whose disease joins a wanted term with others."""
+    if obs_filter.MULTIVALUED in filter_.literals and kind_of(store, obs_filter.MULTIVALUED) == "text":
+        filter_ = obs_filter.expand_multivalued(filter_, obs_filter.MULTIVALUED, _joined(store, records))
+    return read_mask(store, filter_)
+
+
+def _joined(store: Store, records: Records) -> set[str]:
+    """Entries of the multivalued column in the datasets, each of which may join several terms.
+
+    Raises
+    ------
+    ValueError
+        If there are too many to hold: a term would not be found in all of them.
+    """
+    found = values_among(store, obs_filter.MULTIVALUED, records)
+    if found is None:
+        raise ValueError(
+            f"{store.path}: column {obs_filter.MULTIVALUED!r} of obs has more than {MOST_VALUES:,} values in the rule's datasets, "
+            "too many to look for terms that are joined in one; apply the rule to fewer datasets, or name another column"
+        )
+    return {str(value) for value in found}
 
 
 def _keep(stays: np.ndarray, keep_controls: bool, state: State, records: Records) -> Details:
@@ -100,24 +129,31 @@ def _keep(stays: np.ndarray, keep_controls: bool, state: State, records: Records
     return details
 
 
-def _check_values(column: str, values: Collection[recipe.Label], store: Store, records: Records) -> None:
+def _check_values(
+    column: str, values: Collection[recipe.Label], store: Store, records: Records, *, with_terms: bool = False
+) -> None:
     """Refuse an unknown column, and values that are of another type or that no sample of the datasets has."""
     check_label(store, column)
     obs_filter.check(
         obs_filter.is_in(column, values),
         store.obs_schema(),
-        lambda name: _occurring(store, name, values, records),
+        lambda name: _occurring(store, name, values, records, with_terms=with_terms),
         "values",
     )
 
 
 def _occurring(
-    store: Store, column: str, values: Collection[recipe.Label], records: Records
+    store: Store, column: str, values: Collection[recipe.Label], records: Records, *, with_terms: bool
 ) -> Collection[recipe.Label]:
     """Values of a column that occur in the datasets: those asked about if all of them do, else all, to name the near ones.
 
     Of a column of identifiers, which may be more than fit in memory, it is those asked about in either case.
+
+    with_terms : of the multivalued column also the terms that its values join.
     """
+    if with_terms and column == obs_filter.MULTIVALUED and kind_of(store, column) == "text":
+        joined = _joined(store, records)
+        return {*joined, *(term for value in joined for term in value.split(obs_filter.MULTIVALUE_SEPARATOR))}
     found = values_among(store, column, records, of=obs_filter.is_in(column, values), most=len(values)) or set()
     if found.issuperset(values):
         return found
@@ -135,20 +171,21 @@ def apply_subsample(rule: recipe.Subsample, state: State, records: Records, cont
     """
     labels = read_codes(state.store, rule.column)
     chosen = set(rule.values or labels.values)
-    is_drawn_from = np.array([*(value in chosen for value in labels.values), False])  # the last is what -1 points at
-    stays = _controls(rule, state)
+    is_chosen = np.array([value in chosen for value in labels.values], bool)
+    controls = _controls(rule, state)
     details: Details = {}
     for record in records:
-        rows = state.rows(record)
-        codes = labels.codes[rows]
-        drawn = is_drawn_from[codes] if stays is None else is_drawn_from[codes] & ~stays[rows]
-        sizes = np.bincount(codes[drawn], minlength=len(labels.values))
-        kept = _draw(rows[drawn], codes[drawn], _quota(rule, sizes), _seed(rule.seed, context), context.number)
-        state.alive[rows[drawn]] = False
-        state.alive[kept] = True
+        part = slice(record.obs_start, record.obs_stop)
+        codes, has_value = labels.codes[part], labels.codes[part] >= 0
+        n_without = int(np.count_nonzero(state.alive[part] & ~has_value))
+        may_go = _may_go(state, record, controls)
+        may_go &= has_value
+        sizes = count_values(codes, may_go, len(is_chosen))
+        quota = np.where(is_chosen, _quota(rule, sizes), sizes)  # of other values all stay
+        _draw(state, record, codes, may_go, quota, _seed(rule.seed, context), context.number)
         details[record.name] = {
-            "values_drawn_from": int(np.count_nonzero(sizes)), "samples_drawn_from": int(drawn.sum()), "samples_kept": len(kept),
-            "samples_without_value": int(np.count_nonzero(codes < 0)),
+            "values_drawn_from": int(np.count_nonzero(sizes[is_chosen])), "samples_drawn_from": int(sizes[is_chosen].sum()),
+            "samples_kept": int(quota[is_chosen].sum()), "samples_without_value": n_without,
         }  # fmt: skip
     return details
 
@@ -168,16 +205,14 @@ def check_subsample(rule: recipe.Subsample, store: Store, records: Records) -> N
 
 def apply_cap(rule: recipe.Cap, state: State, records: Records, context: Context) -> Details:
     """Keep at most so many samples of each dataset; controls that stay anyway are not counted."""
-    stays = _controls(rule, state)
+    controls = _controls(rule, state)
     details: Details = {}
     for record in records:
-        rows = state.rows(record)
-        drawn = rows if stays is None else rows[~stays[rows]]
-        one = np.zeros(len(drawn), np.int64)
-        kept = _draw(drawn, one, np.array([rule.max_samples]), _seed(rule.seed, context), context.number)
-        state.alive[drawn] = False
-        state.alive[kept] = True
-        details[record.name] = {"samples_drawn_from": len(drawn), "samples_kept": len(kept)}
+        may_go = _may_go(state, record, controls)
+        n, one_value = int(np.count_nonzero(may_go)), np.zeros(record.n_obs, np.int32)
+        kept = min(n, rule.max_samples)
+        _draw(state, record, one_value, may_go, np.array([kept]), _seed(rule.seed, context), context.number)
+        details[record.name] = {"samples_drawn_from": n, "samples_kept": kept}
     return details
 
 
@@ -198,20 +233,26 @@ def _quota(rule: recipe.Subsample, sizes: np.ndarray) -> np.ndarray:
     return least
 
 
-def _draw(rows: np.ndarray, codes: np.ndarray, quota: np.ndarray, seed: int, number: int) -> np.ndarray:
-    """Of each code the samples with the smallest keys, at most its quota.
+def _may_go(state: State, record: DatasetRecord, controls: np.ndarray | None) -> np.ndarray:
+    """Samples of a dataset that are left and not among the controls that stay: (record.n_obs,) bool."""
+    part = slice(record.obs_start, record.obs_stop)
+    may_go: np.ndarray = state.alive[part].copy() if controls is None else state.alive[part] & ~controls[part]
+    return may_go
 
-    rows : (n,) int64 sample ids.  codes : (n,) integers, positions in `quota`.
 
-    Returns
-    -------
-    (k,) int64 sample ids, in no promised order.
-    """
-    order = np.lexsort((sample_keys(rows, seed=seed, number=number), codes))
-    starts = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(quota)))])
-    grouped = codes[order]
-    kept: np.ndarray = rows[order[np.arange(len(rows)) - starts[grouped] < quota[grouped]]]
-    return kept
+def _draw(
+    state: State,
+    record: DatasetRecord,
+    codes: np.ndarray,
+    may_go: np.ndarray,
+    quota: np.ndarray,
+    seed: int,
+    number: int,
+) -> None:
+    """Drop, of the samples of a dataset that may go, those that are not drawn (`draw_samples`)."""
+    stays = draw_samples(record.obs_start, codes, may_go, quota, seed=seed, number=number)
+    np.logical_or(stays, ~may_go, out=stays)
+    state.alive[record.obs_start : record.obs_stop] &= stays
 
 
 # --- hold out --------------------------------------------------------------------------------------------------------
@@ -279,6 +320,8 @@ def check_hold_out(rule: recipe.HoldOut, store: Store, records: Records) -> None
 def apply_genes(rule: recipe.Genes, state: State, records: Records, context: Context) -> Details:
     """Leave in each dataset's panel the genes of the vocabulary that the rule describes.
 
+    Genes of the files that the store does not know have no effect; the details count them and a warning names the first.
+
     Raises
     ------
     ValueError
@@ -290,17 +333,24 @@ def apply_genes(rule: recipe.Genes, state: State, records: Records, context: Con
     for record in records:
         n_datasets[state.panels[record.name]] += 1
     stays = n_datasets >= rule.min_datasets
-    files: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, int]] = {}
+    told: list[str] = []
     for name, path in (("keep", rule.keep), ("drop", rule.drop)):
         if path is None:
             continue
-        listed, files[name] = _listed(state.store, path, name)
+        listed, n_genes, unknown = _listed(state.store, path, name)
         stays &= listed if name == "keep" else ~listed
+        found[f"{name}_file"] = {"genes": n_genes, "unknown": len(unknown)}
+        if unknown:
+            more = ", …" if len(unknown) > _GENES_NAMED else ""
+            told.append(f"{name}: {path}: the store does not know {len(unknown):,} of its {n_genes:,} genes: "
+                        f"{', '.join(unknown[:_GENES_NAMED])}{more}")  # fmt: skip
     panels = {record.name: _panel(state, record, stays, len(records), rule, context) for record in records}
     state.panels.update(panels)
-    return (
-        {record.name: {f"{name}_file": found for name, found in files.items()} for record in records} if files else {}
-    )
+    details: Details = {record.name: dict(found) for record in records} if found else {}
+    if told:  # of the first dataset alone: it is one file for all of them, and is told of once
+        details[records[0].name]["warning"] = "; ".join(told)
+    return details
 
 
 def _panel(
@@ -336,15 +386,15 @@ def check_genes(rule: recipe.Genes, store: Store, records: Records) -> None:
             _listed(store, path, name)
 
 
-def _listed(store: Store, path: str, name: str) -> tuple[np.ndarray, dict[str, int]]:
-    """Which genes of the store a file names, (G,) bool, and how many it names and how many of them the store does not know."""
+def _listed(store: Store, path: str, name: str) -> tuple[np.ndarray, int, list[str]]:
+    """Which genes of the store a file names, (G,) bool, how many it names, and those of them that the store does not know."""
     genes = list(dict.fromkeys(strip_version(gene) for gene in _read_genes(path, name)))
     tokens = store.vocabulary.index_of(genes)
     if (tokens < 0).all():
         raise ValueError(f"{name}: {path}: the store has none of the {len(genes)} genes; {_near_genes(store, genes)}")
     listed = np.zeros(len(store.vocabulary), bool)
     listed[tokens[tokens >= 0]] = True
-    return listed, {"genes": len(genes), "unknown": int(np.count_nonzero(tokens < 0))}
+    return listed, len(genes), [genes[at] for at in np.flatnonzero(tokens < 0).tolist()]
 
 
 def _read_genes(path: str, name: str) -> list[str]:

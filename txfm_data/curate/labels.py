@@ -133,25 +133,23 @@ def values_among(
     return found
 
 
-def read_values(store: Store, column: str) -> np.ndarray:
-    """A column of integers or floats: (store.n_obs,) float64, NaN where null.
+def read_nnz(store: Store) -> np.ndarray:
+    """How many genes are above zero in each sample, by ``nnz``: (store.n_obs,) int32, -1 where null.
 
     Raises
     ------
     ValueError
-        If there is no such column, or it holds no numbers; if obs lacks samples.
+        If obs lacks samples, or holds what is no number of genes.
     """
-    if kind_of(store, column) not in ("integer", "number"):
-        raise ValueError(
-            f"{store.path}: column {column!r} of obs holds {store.obs_schema().field(column).type}, expected numbers; "
-            "name another column"
-        )
-    values = np.full(store.n_obs, np.nan)
-    for ids, part in _parts(store, [column]):
-        # Not `Table.cast`: whole numbers beyond 2^53 may lose their last digits here.
-        found = part[column].cast(pa.float64(), safe=False)
-        values[ids] = found.fill_null(np.nan).to_numpy()
-    return values
+    nnz = np.full(store.n_obs, -1, np.int32)
+    for ids, part in _parts(store, ["nnz"]):
+        try:
+            nnz[ids] = part["nnz"].cast(pa.int32()).fill_null(-1).to_numpy()
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"{store.path}: nnz of obs is no number of genes ({error}); the store is damaged, restore it from a copy"
+            ) from error
+    return nnz
 
 
 def read_mask(store: Store, filter_: obs_filter.Filter) -> np.ndarray:

@@ -8,7 +8,7 @@ over the dataset: from a random one the components of shallow counts, whose vari
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,9 +16,10 @@ from typing import TypeVar
 import numpy as np
 from numba import njit
 
-from txfm_data.curate.blocks import RowBlock, blocks_of, opened, read_block
+from txfm_data.curate.blocks import BLOCK_ROWS, RowBlock, blocks_of, opened, read_block, version_of
 from txfm_data.curate.rows import RowFile, library_sizes
 from txfm_data.curate.state import Context
+from txfm_data.parallel import Pool
 from txfm_data.progress import Progress
 from txfm_data.store.ledger import DatasetRecord
 from txfm_data.store.protocol import Store
@@ -146,15 +147,15 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Reads log1p values of a block. panel : (P,) ascending tokens of the store."""
+    """Reads log1p values of a block. path, version : of the store.  panel : (P,) ascending tokens of it."""
 
     path: str
-    n_obs: int
+    version: str
     panel: np.ndarray
 
     def parts(self, task: _Task) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """CSR arrays (indptr, columns, values) of consecutive rows of the task."""
-        store = opened(self.path, self.n_obs)
+        store = opened(self.path, self.version)
         place = np.full(len(store.vocabulary), -1, np.int32)
         place[self.panel] = np.arange(len(self.panel), dtype=np.int32)
         at = 0
@@ -170,7 +171,7 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class _Moments:
+class _Sums:
     """First pass over a block: sums of x, and of x (x Omega), or of x x^T where there is no Omega."""
 
     rows: _Rows
@@ -208,16 +209,22 @@ class _Project:
         return task, out_BW
 
 
-def _in_order(results: Iterator[tuple[_Task, T]]) -> Iterator[tuple[_Task, T]]:
-    """Give results in the order of the rows, since sums of floats depend on theirs."""
-    held: dict[int, tuple[_Task, T]] = {}
-    at = 0
-    for task, result in results:
-        held[task.start] = (task, result)
-        while at in held:
-            following = held.pop(at)
-            at += len(following[0].block.rows)
-            yield following
+def _in_order(
+    pool: Pool, work: Callable[[_Task], tuple[_Task, T]], tasks: list[_Task], window: int
+) -> Iterator[tuple[_Task, T]]:
+    """Give results in the order of the rows, since sums of floats depend on theirs.
+
+    window : tasks that are handed out at a time. However late the first of them is, no more results wait for it.
+    """
+    for low in range(0, len(tasks), window):
+        part, held = tasks[low : low + window], dict[int, tuple[_Task, T]]()
+        following = iter(part)
+        due = next(following).start
+        for task, result in pool.run(work, part):
+            held[task.start] = (task, result)
+            while due in held:
+                yield held.pop(due)
+                due = next((task.start for task in following), -1)
 
 
 def streaming_pca(
@@ -232,8 +239,8 @@ def streaming_pca(
     """Write the principal component scores of some samples of a dataset.
 
     Two runs, in this process or with workers, write the same bytes. Counts are read twice, a few thousand rows once more. Memory is
-    that of a block of the basis' width, of two or three arrays of genes times that width for each worker, of the few thousand
-    rows (at most 128 MiB), and of 17 bytes for each sample.
+    that of three arrays of genes times the basis' width, of four more for each worker, of the few thousand rows (at most
+    128 MiB), and of 17 bytes for each sample. Where more is allowed, more blocks are handed out at a time.
 
     Parameters
     ----------
@@ -253,27 +260,27 @@ def streaming_pca(
     where = f"PCA of dataset {record.name!r}"
     check_components(n_components, len(panel), len(rows), where)
     width = _width(n_components, len(panel), len(rows))
-    _check_memory(width, len(panel), context, where)
+    windows = _windows(width, n_components, len(panel), len(rows), context, where)
     sizes, at = library_sizes(store, record, rows), 0
     tasks = []
     for block in blocks_of(record, rows):
         tasks.append(_Task(at, block, sizes[at : at + len(block.rows)]))
         at += len(block.rows)
-    reader = _Rows(store.path, store.n_obs, panel)
+    reader = _Rows(store.path, version_of(store), panel)
     progress = context.progress(where)
     progress(0, 2 * len(rows))
-    mean_P, basis_PW = _find_basis(reader, tasks, n_components, width, record, context, progress)
+    mean_P, basis_PW = _find_basis(reader, tasks, n_components, width, record, context, progress, windows[0])
     work = _Project(reader, basis_PW.astype(np.float32), mean_P @ basis_PW)
     W = basis_PW.shape[1]
     with tempfile.TemporaryFile(dir=out.parent) as scores:
         sum_W, square_WW = np.zeros(W), np.zeros((W, W))
-        for task, part_BW in _in_order(context.pool.run(work, tasks)):
+        for task, part_BW in _in_order(context.pool, work, tasks, windows[1]):
             scores.write(part_BW.data)
             part_BW = part_BW.astype(np.float64)
             sum_W += part_BW.sum(axis=0)
             square_WW += part_BW.T @ part_BW
             progress(len(rows) + task.start + len(part_BW), 2 * len(rows))
-        axes_WK = _principal_axes(sum_W, square_WW, len(rows), n_components, basis_PW)
+        axes_WK = _rotation(sum_W, square_WW, len(rows), n_components, basis_PW)
         scores.seek(0)
         with RowFile(out, rows, n_components, where) as file:
             for start in range(0, len(rows), _ROTATED_ROWS):
@@ -288,25 +295,44 @@ def _width(n_components: int, n_genes: int, n_samples: int) -> int:
     return n_genes if n_genes <= max(EXACT_GENES, width) else width
 
 
-def _check_memory(width: int, n_genes: int, context: Context, where: str) -> None:
-    # The sum, its factorisation, two results of each worker on their way, and the rows of the pilot
-    needed = n_genes * width * 8 * (3 + 2 * context.n_workers) + (8 * _PILOT_NNZ if width < n_genes else 0)
+def _windows(
+    width: int, n_components: int, n_genes: int, n_samples: int, context: Context, where: str
+) -> tuple[int, int]:
+    """Blocks to hand out at a time in the first and in the second pass: as many as have their results fit, once all wait.
+
+    Raises
+    ------
+    ValueError
+        If the memory does not do for two results of each worker.
+    """
+    is_exact, workers = width == n_genes, context.n_workers
+    # First: the sum, its factorisation, the rows of the pilot; of each worker what it multiplies by and what it adds to
+    array = n_genes * width
+    result = array * (8 if is_exact else 4)
+    first = (3 * 8 * array + 2 * workers * result + (0 if is_exact else 8 * _PILOT_NNZ), result)
+    # Second: the basis and its float32; of each worker a copy of it and a block of scores; a block in float64
+    W = n_components if is_exact else width
+    block = 4 * W * min(BLOCK_ROWS, n_samples)
+    second = (12 * n_genes * W + workers * (4 * n_genes * W + block) + 2 * block, block)
+    needed = max(fixed + 2 * workers * held for fixed, held in (first, second))
     if needed > context.memory:
         raise ValueError(
             f"{where}: a basis of {width} columns over {n_genes:,} genes takes about {needed // 2**20}MiB, and the rule has "
             f"{context.memory // 2**20}MiB; lower n_components, take fewer workers, or give a larger --memory-budget"
         )
+    of_first, of_second = ((context.memory - fixed) // held for fixed, held in (first, second))
+    return of_first, of_second
 
 
 def _find_basis(
     reader: _Rows, tasks: list[_Task], n_components: int, width: int, record: DatasetRecord, context: Context,
-    progress: Progress,
+    progress: Progress, window: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """First pass: mean of each gene (P,) and an orthonormal basis (P, W), both float64."""
     P, n = len(reader.panel), sum(len(task.block.rows) for task in tasks)
     omega_PW = None if width == P else _pilot(reader, tasks, width, record, context)
     sum_P, products_PW = np.zeros(P), np.zeros((P, width))
-    for task, (part_P, part_PW) in _in_order(context.pool.run(_Moments(reader, omega_PW), tasks)):
+    for task, (part_P, part_PW) in _in_order(context.pool, _Sums(reader, omega_PW), tasks, window):
         sum_P += part_P
         products_PW += part_PW
         progress(task.start + len(task.block.rows), 2 * n)
@@ -346,9 +372,7 @@ def _pilot(reader: _Rows, tasks: list[_Task], width: int, record: DatasetRecord,
     return omega_PW
 
 
-def _principal_axes(
-    sum_W: np.ndarray, square_WW: np.ndarray, n: int, n_components: int, basis_PW: np.ndarray
-) -> np.ndarray:
+def _rotation(sum_W: np.ndarray, square_WW: np.ndarray, n: int, n_components: int, basis_PW: np.ndarray) -> np.ndarray:
     """Rotation from the basis to the leading principal axes, (W, K) float64, signs fixed."""
     covariance_WW = square_WW - np.outer(sum_W, sum_W) / n
     axes_WK = np.linalg.eigh(covariance_WW)[1][:, ::-1][:, :n_components]

@@ -5,7 +5,6 @@ and the tables and the figure that show why.
 """
 
 import csv
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from txfm_data.curate.aligned import EmbeddingFile
 from txfm_data.curate.consistency import Consistency, ConsistencyOptions, perturbation_consistency
-from txfm_data.curate.embedding import check_embedding, make_embedding
+from txfm_data.curate.embedding import check_embedding, fingerprint_of, make_embedding
 from txfm_data.curate.figures import plot_phenoprints
 from txfm_data.curate.labels import Codes, read_codes, read_controls
 from txfm_data.curate.recipe import Phenoprints
@@ -94,12 +93,12 @@ def check_phenoprints(rule: Phenoprints, store: Store, records: tuple[DatasetRec
             screens.append(record)
             if not labels.is_control[rows].any():
                 raise ValueError(
-                    f"rule {rule.name}: no sample of dataset {record.name!r} is a control (is_control); phenoprints are told from "
+                    f"no sample of dataset {record.name!r} is a control (is_control); phenoprints are told from "
                     "controls, so ingest it with --control, or name other datasets"
                 )
     if rule.calibrate_to is not None and len(screens) > 1:
         raise ValueError(
-            f"rule {rule.name}: calibrate_to is the number of cells of one screen, but there are {len(screens)}: "
+            f"calibrate_to is the number of cells of one screen, but there are {len(screens)}: "
             f"{[record.name for record in screens]}; write a rule for each with datasets: [NAME]"
         )
     check_embedding(rule.embedding, store, tuple(screens))
@@ -116,7 +115,7 @@ def apply_phenoprints(rule: Phenoprints, state: State, records: tuple[DatasetRec
     ValueError, OSError
         If a screen has too few cells or controls to look at, or its embedding cannot be had.
     """
-    labels = Labels.read(state.store)
+    labels, used = Labels.read(state.store), fingerprint_of(rule.embedding)
     details: Details = {}
     for record in records:
         if not _is_screen(rule, labels, record):
@@ -127,6 +126,13 @@ def apply_phenoprints(rule: Phenoprints, state: State, records: tuple[DatasetRec
             details[record.name] = {"skipped": "no sample with a perturbation is left"}
             continue
         details[record.name] = _judge(rule, state, record, screen, labels, context)
+        if used:
+            details[record.name]["embedding_sha256"] = used
+    if records and all("skipped" in of_one for of_one in details.values()):
+        details[records[0].name]["warning"] = (
+            f"nothing is done: none of the {len(records)} datasets that the rule looks at is a screen with perturbations left; "
+            "ingest with --perturbation and --control, or leave the rule out"
+        )
     return details
 
 
@@ -136,7 +142,7 @@ def _is_screen(rule: Phenoprints, labels: Labels, record: DatasetRecord) -> bool
         return True
     if rule.datasets is not None and record.name in rule.datasets:
         raise ValueError(
-            f"rule {rule.name}: no sample of dataset {record.name!r} has a perturbation; ingest it with --perturbation and "
+            f"no sample of dataset {record.name!r} has a perturbation; ingest it with --perturbation and "
             "--control, or leave it out of datasets"
         )
     return False
@@ -159,10 +165,15 @@ def _judge(
     rule: Phenoprints, state: State, record: DatasetRecord, screen: Screen, labels: Labels, context: Context
 ) -> dict[str, Any]:
     """Test the perturbations of one screen, drop the samples of those that fail, write the files and say what happened."""
-    where = f"rule {rule.name}: dataset {record.name!r}"
+    where = f"rule {context.number} ({rule.name}): dataset {record.name!r}"
     _check_cells(where, screen, rule)
     batches, batch = np.unique(labels.batch.codes[screen.rows[screen.is_used]], return_inverse=True)
-    found, width = _consistency(rule, state, record, screen, batch, context)
+    try:
+        found, width = _consistency(rule, state, record, screen, batch, context)
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: {error}; if the dataset cannot be judged so, let the rule name others (datasets)"
+        ) from error
     found = replace(found, p=np.where(found.n_cells < rule.min_cells, np.nan, found.p))
     if np.isnan(found.p).all():
         raise ValueError(
@@ -170,8 +181,8 @@ def _judge(
         )
     cells = _CellsByTau(found.p, screen, rule.unassigned == "keep")
     tau, warnings = _choose_tau(rule, cells)
-    warnings += _reach(rule, found, tau)
     is_kept = found.p < tau  # not of NaN: what cannot be tested is dropped
+    warnings += [*_reach(rule, found, tau), *_extremes(found, is_kept, tau), *_unseen(rule, state)]
     stays = screen.is_control | np.append(is_kept, rule.unassigned == "keep")[screen.group]
     state.alive[screen.rows[~stays]] = False
     files = _write_files(rule, record, screen, found, is_kept, tau, cells, context)
@@ -198,8 +209,8 @@ def _check_cells(where: str, screen: Screen, rule: Phenoprints) -> None:
     n_controls = int((screen.is_control & screen.is_used).sum())
     if n_controls < 2:
         raise ValueError(
-            f"{where}: {n_controls} controls are {among}, at least 2 are needed to align cells on; keep controls in the rules "
-            "before (keep_controls: true), or hold out fewer batches"
+            f"{where}: {n_controls} controls are {among}, at least 2 are needed to align cells on; keep more controls in the rules "
+            "before (keep_controls: true), hold out fewer batches, or let the rule name other datasets"
         )
     n_cells = np.bincount(screen.group[screen.is_used & (screen.group >= 0)], minlength=len(screen.names))
     if n_cells.max() < 2:
@@ -281,13 +292,37 @@ def _reach(rule: Phenoprints, found: Consistency, tau: float) -> list[str]:
     ]
 
 
+def _extremes(found: Consistency, is_kept: np.ndarray, tau: float) -> list[str]:
+    """Warn where the choice is none: of all perturbations that can be tested none is kept, or all are."""
+    n_tested, n_kept = int(np.count_nonzero(~np.isnan(found.p))), int(is_kept.sum())
+    if 0 < n_kept < n_tested:
+        return []
+    least = float(np.nanmin(found.p))
+    if not n_kept:
+        return [
+            f"no perturbation is kept: of {n_tested:,} that can be tested none has p below {tau:g}, the least is {least:.3g}; "
+            "look whether the embedding is that of these cells, or raise tau"
+        ]
+    return [f"all {n_tested:,} perturbations that can be tested are kept, none has p of {tau:g} or above; lower tau"]
+
+
+def _unseen(rule: Phenoprints, state: State) -> list[str]:
+    """Warn where the rule asks for the batches to train on while none is held out yet."""
+    if rule.batches == "all" or (state.is_val is not None and state.is_val.any()):
+        return []
+    return [
+        "no batch is held out yet, so all were looked at: batches that are held out later will have taken part in the choice; "
+        "put hold_out before this rule, or set batches: all to say that this is meant"
+    ]
+
+
 def _write_files(
     rule: Phenoprints, record: DatasetRecord, screen: Screen, found: Consistency, is_kept: np.ndarray, tau: float,
     cells: _CellsByTau, context: Context,
 ) -> list[str]:  # fmt: skip
     """Write the tables and the figure of a screen; returns their names."""
     context.extras.mkdir(parents=True, exist_ok=True)
-    stem = f"phenoprints_{context.number}_{re.sub(r'[^A-Za-z0-9._-]', '_', record.name)}"
+    stem = f"phenoprints_{context.number}_{record.name}"
     names = [f"{stem}{end}" for end in (".parquet", ".tsv", "_curve.tsv", ".png")]
     paths = [context.extras / name for name in names]
     order = np.lexsort((np.arange(len(found.p)), -found.statistic, found.p))  # the most consistent first, NaN last

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from txfm_data.curate.blocks import RowBlock, blocks_of, cost_of, opened, scan_block
-from txfm_data.curate.labels import read_controls, read_values
+from txfm_data.curate.blocks import RowBlock, blocks_of, cost_of, opened, scan_block, version_of
+from txfm_data.curate.labels import read_controls, read_nnz
 from txfm_data.curate.recipe import CellsByGenes, GenesByCells
 from txfm_data.curate.state import Context, Details, State
 from txfm_data.parallel import Pool
@@ -53,11 +53,11 @@ def count_by_sample(indptr, gene_ids, at, is_counted, out):  # type: ignore[no-u
 class GeneCounts:
     """Work on one block: in how many of its wanted samples each gene is above zero.
 
-    path, n_obs : of the store.  n_genes : of its vocabulary.
+    path, version : of the store (`version_of`).  n_genes : of its vocabulary.
     """
 
     path: str
-    n_obs: int
+    version: str
     n_genes: int
 
     def __call__(self, block: RowBlock) -> tuple[int, np.ndarray]:
@@ -69,7 +69,7 @@ class GeneCounts:
             If the block holds genes beyond the vocabulary.
         """
         out = np.zeros(_TOKENS, np.int64)
-        for _, at, samples in scan_block(opened(self.path, self.n_obs), block, genes_only=True):
+        for _, at, samples in scan_block(opened(self.path, self.version), block, genes_only=True):
             count_by_gene(samples.indptr, samples.gene_ids, at, out)
         if out[self.n_genes :].any():
             raise ValueError(
@@ -83,17 +83,17 @@ class GeneCounts:
 class SampleCounts:
     """Work on one block: how many of some genes are above zero in each of its wanted samples.
 
-    path, n_obs : of the store.  is_counted : (65,536,) bool, by token.
+    path, version : of the store (`version_of`).  is_counted : (65,536,) bool, by token.
     """
 
     path: str
-    n_obs: int
+    version: str
     is_counted: np.ndarray
 
     def __call__(self, block: RowBlock) -> tuple[int, np.ndarray]:
         """Number of the block, and one int64 for each of its rows."""
         out, done = np.empty(len(block.rows), np.int64), 0
-        for ids, at, samples in scan_block(opened(self.path, self.n_obs), block, genes_only=True):
+        for ids, at, samples in scan_block(opened(self.path, self.version), block, genes_only=True):
             count_by_sample(samples.indptr, samples.gene_ids, at, self.is_counted, out[done : done + len(ids)])
             done += len(ids)
         return block.number, out
@@ -114,33 +114,33 @@ def apply_genes_by_cells(
     """
     details: Details = {}
     for record in records:
-        rows, panel = state.rows(record), state.panels[record.name]
+        n_samples, panel = state.n_samples(record), state.panels[record.name]
         # As the decimal number that was written: 0.28 of 25 cells is 7, though 0.28 * 25 is a little more as a float.
-        least = max(rule.min_cells, math.ceil(Fraction(str(rule.min_fraction)) * len(rows)))
-        n_cells, n_read = _cells_by_gene(state, record, rows, context, f"{rule.name} {record.name}")
+        least = max(rule.min_cells, math.ceil(Fraction(str(rule.min_fraction)) * n_samples))
+        n_cells, n_read = _cells_by_gene(state, record, context, f"{rule.name} {record.name}")
         state.panels[record.name] = panel[n_cells[panel] >= least]
         details[record.name] = {"min_cells": least, "rows_read": n_read}
         if len(panel) and not len(state.panels[record.name]):
             details[record.name]["warning"] = (
-                f"keeps no gene: none of {len(panel):,} is above zero in {least:,} of the {len(rows):,} samples left; "
+                f"keeps no gene: none of {len(panel):,} is above zero in {least:,} of the {n_samples:,} samples left; "
                 "lower min_cells, or leave the dataset out"
             )
     return details
 
 
-def _cells_by_gene(
-    state: State, record: DatasetRecord, rows: np.ndarray, context: Context, label: str
-) -> tuple[np.ndarray, int]:
-    """In how many of the rows each gene is above zero, (G,) int64, and how many rows were read for it."""
+def _cells_by_gene(state: State, record: DatasetRecord, context: Context, label: str) -> tuple[np.ndarray, int]:
+    """In how many of the rows that are left each gene is above zero, (G,) int64, and how many rows were read for it."""
     total = state.store.gene_nnz(record)
-    gone = np.flatnonzero(~state.alive[record.obs_start : record.obs_stop]) + record.obs_start
+    gone = np.flatnonzero(~state.alive[record.obs_start : record.obs_stop])
     if not len(gone):
         return total, 0
+    gone += record.obs_start
+    rows = state.rows(record)
     here, there = blocks_of(record, rows), blocks_of(record, gone)
     is_less = (sum(map(cost_of, there)), len(gone)) < (sum(map(cost_of, here)), len(rows))
     blocks = there if is_less else here
     counted = np.zeros_like(total)
-    work = GeneCounts(state.store.path, state.store.n_obs, len(total))
+    work = GeneCounts(state.store.path, version_of(state.store), len(total))
     for _, found in _run(context.pool, work, blocks, context.progress(label)):
         counted += found
     return (total - counted, len(gone)) if is_less else (counted, len(rows))
@@ -164,46 +164,57 @@ def apply_cells_by_genes(
         If obs does not say of a sample how many genes it has.
     """
     details: Details = {}
-    nnz = read_values(state.store, "nnz")
+    nnz = read_nnz(state.store)
     controls = read_controls(state.store) if rule.keep_controls else None
     for record in records:
-        rows = state.rows(record)
-        is_kept, n_read = _enough_genes(rule, state, record, rows, nnz[rows], context)
+        part = slice(record.obs_start, record.obs_stop)
+        is_kept, n_read = _enough_genes(rule, state, record, nnz[part], context)
         details[record.name] = {"rows_read": n_read}
         if controls is not None:
-            details[record.name]["controls_kept"] = int(np.count_nonzero(controls[rows] & ~is_kept))
-            is_kept |= controls[rows]
-        state.alive[rows[~is_kept]] = False
+            saved = state.alive[part] & controls[part] & ~is_kept
+            details[record.name]["controls_kept"] = int(np.count_nonzero(saved))
+            is_kept |= controls[part]
+        state.alive[part] &= is_kept
     return details
 
 
 def _enough_genes(
-    rule: CellsByGenes, state: State, record: DatasetRecord, rows: np.ndarray, nnz: np.ndarray, context: Context
+    rule: CellsByGenes, state: State, record: DatasetRecord, nnz: np.ndarray, context: Context
 ) -> tuple[np.ndarray, int]:
-    """Which of the rows pass the rule, and how many rows were read for it."""
-    if np.isnan(nnz).any():
-        raise ValueError(
-            f"{state.store.path}: obs has no nnz for sample {rows[np.isnan(nnz)][0]}; the store is damaged, restore it from a copy"
-        )
+    """Which samples of the dataset pass the rule, as far as they are left, and how many rows were read for it.
+
+    nnz : (record.n_obs,) int32.  Held are masks, 8 bytes for each row to read, and none for the others.
+    """
     store, panel = state.store, state.panels[record.name]
+    alive = state.alive[record.obs_start : record.obs_stop]
+    missing = alive & (nnz < 0)
+    if missing.any():
+        raise ValueError(
+            f"{store.path}: obs has no nnz for sample {record.obs_start + int(np.argmax(missing))}; the store is damaged, "
+            "restore it from a copy"
+        )
     lost = store.gene_nnz(record)
     lost[panel] = 0
     # A sample has lost at most one count above zero for each such gene, and all samples together as many as there were.
-    low = np.maximum(nnz - min(np.count_nonzero(lost), int(lost.sum())), 0)
-    high = np.minimum(nnz, len(panel))
-    most = np.inf if rule.max_genes is None else rule.max_genes
-    is_kept = (low >= rule.min_genes) & (high <= most)
-    is_open = (high >= rule.min_genes) & (low <= most) & ~is_kept
-    asked = rows[is_open]
+    n_lost, least, most = min(int(np.count_nonzero(lost)), int(lost.sum())), rule.min_genes, rule.max_genes
+    # Of its nnz genes a sample has from nnz - n_lost to nnz left, and never less than none nor more than the panel has.
+    is_kept = nnz >= (least + n_lost if least else 0)
+    is_open = alive & (nnz >= (least if least <= len(panel) else _TOKENS + 1))
+    if most is not None:
+        is_kept &= nnz <= (most if most < len(panel) else _TOKENS)
+        is_open &= nnz <= most + n_lost
+    is_open &= ~is_kept
+    asked = np.flatnonzero(is_open)
+    if not len(asked):
+        return is_kept, 0
+    asked += record.obs_start
     is_counted = np.zeros(_TOKENS, bool)
     is_counted[panel] = True
     blocks = blocks_of(record, asked)
-    work, found = SampleCounts(store.path, store.n_obs, is_counted), dict[int, np.ndarray]()
+    work, rows = SampleCounts(store.path, version_of(store), is_counted), {block.number: block.rows for block in blocks}
     for number, n_genes in _run(context.pool, work, blocks, context.progress(f"{rule.name} {record.name}")):
-        found[number] = n_genes
-    if blocks:
-        n_genes = np.concatenate([found[block.number] for block in blocks])
-        is_kept[is_open] = (n_genes >= rule.min_genes) & (n_genes <= most)
+        is_enough = (n_genes >= least) & (n_genes <= (_TOKENS if most is None else most))
+        is_kept[rows[number] - record.obs_start] = is_enough
     return is_kept, len(asked)
 
 

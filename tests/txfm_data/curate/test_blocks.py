@@ -1,6 +1,10 @@
 """Blocks of rows: each wanted row once, whatever is wanted, and the same counts as the store gives by itself."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,10 +100,47 @@ def test_a_scan_of_genes_is_a_scan_whose_counts_are_one(store: Store) -> None:
         list(store.scan_genes(0, 72))
 
 
+def opened_at(path: Path) -> Store:
+    """The store as a task gets it that is made now."""
+    return blocks.opened(str(path), blocks.version_of(open_store(path)))
+
+
 def test_a_store_that_has_grown_is_opened_anew(tmp_path: Path, files: dict[str, Path]) -> None:
     path = tmp_path / "store"
     append(files["first"], path, "first", backend="zarr")
-    first = blocks.opened(str(path), 40)
-    assert blocks.opened(str(path), 40) is first
+    first = opened_at(path)
+    assert opened_at(path) is first
     append(files["second"], path, "second")
-    assert blocks.opened(str(path), 71).n_obs == 71
+    assert opened_at(path).n_obs == 71
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_store_made_anew_at_the_same_path_and_size_is_opened_anew(
+    tmp_path: Path, files: dict[str, Path], backend: str
+) -> None:
+    path = tmp_path / "store"
+    for names in (("first", "second"), ("second", "first")):
+        shutil.rmtree(path, ignore_errors=True)
+        for name in names:
+            append(files[name], path, name, backend=backend)
+        store = opened_at(path)
+        assert [record.name for record in store.datasets] == list(names)
+        assert store.vocabulary.gene_ids == open_store(path).vocabulary.gene_ids
+        np.testing.assert_array_equal(store.read_rows(np.arange(71)).counts, counts_in(path))
+
+
+def counts_in(path: Path) -> np.ndarray:
+    """All counts of a store that is opened for this."""
+    return open_store(path).read_rows(np.arange(71)).counts
+
+
+@pytest.mark.parametrize("changed", ["content_sha256", "obs_start", "nnz", "name"])
+def test_a_version_tells_stores_apart_by_what_they_hold(tmp_path: Path, files: dict[str, Path], changed: str) -> None:
+    append(files["first"], tmp_path / "store", "first", backend="zarr")
+    store = open_store(tmp_path / "store")
+    record = store.datasets[0]
+    old = getattr(record, changed)
+    other: Any = SimpleNamespace(
+        backend=store.backend, vocabulary=store.vocabulary, datasets=(replace(record, **{changed: old + type(old)(1)}),)
+    )
+    assert blocks.version_of(store) == blocks.version_of(open_store(tmp_path / "store")) != blocks.version_of(other)

@@ -1,9 +1,11 @@
 """Embeddings for phenoprints: rows in the order of the samples that are left, from each kind; refusals that name what is wrong."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ from tests.conftest import GENES_A, GENES_B, make_adata
 from tests.txfm_data.curate.contexts import context_of
 from txfm_data import ingest
 from txfm_data.anndata_out import Matrix, write_anndata
-from txfm_data.curate.embedding import check_embedding, make_embedding, numbered_columns
+from txfm_data.curate.embedding import check_embedding, fingerprint_of, make_embedding, numbered_columns
 from txfm_data.curate.recipe import EmbeddingSpec
 from txfm_data.curate.rows import RowFile, labels_of, positions_in
 from txfm_data.curate.state import State
@@ -165,6 +167,60 @@ def test_a_file_of_another_store(store: Store, state: State, tmp_path: Path) -> 
     shards = embed_store(store, tmp_path / "shards.h5ad", ids, kind="shards")
     with pytest.raises(ValueError, match="those of an input of kind 'shards', expected a store"):
         check_embedding(shards, store, (first,))
+
+
+def noise(path: Path, store: Store, index: list[str] | None = None, **columns: Any) -> EmbeddingSpec:
+    """An h5ad that anndata wrote, with random numbers in obsm, and samples named 0 to n - 1 unless told."""
+    n = store.n_obs
+    names = [str(i) for i in range(n)] if index is None else index
+    values = np.random.default_rng(0).normal(size=(n, WIDTH)).astype(np.float32)
+    ad.AnnData(obs=pd.DataFrame(columns, index=names), obsm={"X_txfm": values}).write_h5ad(path)
+    return EmbeddingSpec(kind="file", path=str(path))
+
+
+def test_a_file_that_says_nothing_of_the_store_is_refused(store: Store, tmp_path: Path) -> None:
+    for columns in ({}, {"batch": "b"}, {"raw_sum": "many", "dataset_id": 3}, {"soma_joinid": np.arange(store.n_obs)}):
+        with pytest.raises(
+            ValueError, match=r"nothing in it says that .* uns\['txfm_X_txfm'\], nor raw_sum or dataset_id"
+        ):
+            check_embedding(noise(tmp_path / "e.h5ad", store, **columns), store, store.datasets)
+    obs = store.obs(["raw_sum", "dataset_id"]).to_pandas()
+    for name in ("raw_sum", "dataset_id"):
+        own = obs[name].to_numpy()
+        check_embedding(noise(tmp_path / "e.h5ad", store, **{name: own}), store, store.datasets)
+        with pytest.raises(ValueError, match="it was made of another store, embed this one"):
+            check_embedding(noise(tmp_path / "e.h5ad", store, **{name: own[::-1]}), store, store.datasets)
+
+
+@pytest.mark.parametrize("broken", [3.5, np.nan, np.inf])
+def test_samples_that_are_not_named_by_whole_numbers_are_refused(store: Store, tmp_path: Path, broken: float) -> None:
+    sizes = store.obs(["raw_sum"])["raw_sum"].to_numpy()
+    ids = np.arange(store.n_obs, dtype=np.float64)
+    check_embedding(noise(tmp_path / "e.h5ad", store, raw_sum=sizes, soma_joinid=ids), store, store.datasets)
+    ids[3] = broken
+    with pytest.raises(ValueError, match=rf"sample 3 is named {broken}, which is no row of a store; write it with"):
+        check_embedding(noise(tmp_path / "e.h5ad", store, raw_sum=sizes, soma_joinid=ids), store, store.datasets)
+    names = [str(i) if i != 3 else str(broken) for i in range(store.n_obs)]
+    with pytest.raises(ValueError, match="samples are not named by their row of a store"):
+        check_embedding(noise(tmp_path / "e.h5ad", store, names, raw_sum=sizes), store, store.datasets)
+
+
+def test_files_and_models_are_told_apart_by_their_bytes(store: Store, tmp_path: Path) -> None:
+    assert fingerprint_of(EmbeddingSpec(kind="pca")) == fingerprint_of(EmbeddingSpec(kind="columns", prefix="PC")) == {}
+    file = EmbeddingSpec(kind="file", path=str(tmp_path / "e.h5ad"))
+    (tmp_path / "e.h5ad").write_bytes(b"one")
+    before = fingerprint_of(file)
+    assert before == {"e.h5ad": hashlib.sha256(b"one").hexdigest()}
+    (tmp_path / "e.h5ad").write_bytes(b"two")
+    assert fingerprint_of(file) != before
+    assert fingerprint_of(EmbeddingSpec(kind="checkpoint", path="someone/txfm-s")) == {"hub": "someone/txfm-s"}
+    folder = tmp_path / "run" / "checkpoint"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "vocabulary.parquet"):
+        (folder / name).write_text(name)
+    expected = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("config.json", "model.safetensors")}
+    for path in (folder, folder.parent):
+        assert fingerprint_of(EmbeddingSpec(kind="checkpoint", path=str(path))) == expected
 
 
 def test_files_that_do_not_do(store: Store, state: State, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Rules on labels, against what obs says of each sample."""
 
+import re
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +16,13 @@ from shards.samples import read_samples
 from shards.select import ShardConfig, select
 from tests.conftest import gene_id
 from tests.shards.builds import make_store
+from tests.txfm_data import stores
 from txfm_data.curate import label_rules as rules
 from txfm_data.curate import recipe
 from txfm_data.curate.labels import values_among
 from txfm_data.curate.state import Context, State
 from txfm_data.parallel import Workers, pool
-from txfm_data.random_order import sample_keys
+from txfm_data.random_order import count_values, draw_samples, sample_keys
 from txfm_data.selection import write_selection
 from txfm_data.store.opening import open_store
 from txfm_data.store.protocol import Store
@@ -169,6 +172,81 @@ def test_values_of_a_column_of_identifiers_are_looked_for_too(store, monkeypatch
         rules.check_keep(recipe.Keep(column="note", values=("note 3", "note 40")), store, store.datasets)
 
 
+DISEASES = ["flu", "flu || asthma", None, "asthma", "asthma || gout", "normal"]
+
+
+@pytest.fixture(scope="module")
+def ill(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two datasets of 40 cells with diseases, of which the second never has gout, and flu joined with asthma alone."""
+    folder = tmp_path_factory.mktemp("ill")
+    for name in ("first", "second"):
+        adata = stores.dataset("first")
+        entries = DISEASES if name == "first" else DISEASES[1:4]
+        adata.obs["disease"] = [entries[i % len(entries)] for i in range(adata.n_obs)]
+        path = folder / f"{name}.h5ad"
+        adata.write_h5ad(path)
+        stores.append(path, folder / "store", name, backend="zarr", modality="sc", library_size="library")
+    return open_store(folder / "store")
+
+
+def has_term(store: Store, *terms: str) -> np.ndarray:
+    """(n_obs,) bool, samples with one of the diseases, alone or among others."""
+    return np.array([v is not None and not set(terms).isdisjoint(v.split(" || ")) for v in column(store, "disease")])
+
+
+@pytest.mark.parametrize("terms", [("flu",), ("asthma",), ("flu", "gout"), ("normal",)])
+def test_diseases_are_found_among_others_by_filter_keep_and_drop(ill, context, terms):
+    cases = [
+        (recipe.FilterObs(where=f"disease in {list(terms)}"), rules.apply_filter, has_term(ill, *terms)),
+        (recipe.Keep(column="disease", values=terms), rules.apply_keep, has_term(ill, *terms)),
+        (recipe.Drop(column="disease", values=terms), rules.apply_drop, ~has_term(ill, *terms)),  # a null stays
+    ]
+    for rule, apply, stays in cases:
+        state = State.of(ill, ill.datasets)
+        CHECKS[type(rule)](rule, ill, ill.datasets)
+        apply(rule, state, ill.datasets, context)
+        assert np.array_equal(state.alive, stays)
+    assert has_term(ill, "flu").sum() > (column(ill, "disease") == "flu").sum() > 0
+
+
+def test_a_whole_entry_of_diseases_is_that_entry(ill, context):
+    state = State.of(ill, ill.datasets)
+    rules.apply_keep(recipe.Keep(column="disease", values=("flu || asthma",)), state, ill.datasets, context)
+    assert np.array_equal(state.alive, column(ill, "disease") == "flu || asthma")
+
+
+@pytest.mark.parametrize("kind", [recipe.Keep, recipe.Drop])
+def test_diseases_that_the_datasets_lack_are_refused(ill, kind):
+    second = ill.datasets[1:]
+    CHECKS[kind](kind(column="disease", values=("flu",)), ill, second)  # only joined with another there
+    with pytest.raises(ValueError, match=r"disease has no value 'goutt' \(near it: \['gout'"):
+        CHECKS[kind](kind(column="disease", values=("goutt",)), ill, ill.datasets)
+    with pytest.raises(ValueError, match="disease has no value 'gout'"):
+        CHECKS[kind](kind(column="disease", values=("gout",)), ill, second)
+    # A draw is from entries as they are written.
+    with pytest.raises(ValueError, match=re.escape("disease has no value 'flu' (near it: ['flu || asthma']")):
+        rules.check_subsample(recipe.Subsample(column="disease", fraction=0.5, values=("flu",)), ill, second)
+
+
+@pytest.mark.parametrize(
+    ("rule", "check", "apply"),
+    [
+        (recipe.FilterObs(where="disease == 'flu'"), rules.check_filter, rules.apply_filter),
+        (recipe.Keep(column="disease", values=("flu",)), rules.check_keep, rules.apply_keep),
+        (recipe.Drop(column="disease", values=("flu",)), rules.check_drop, rules.apply_drop),
+    ],
+)
+def test_diseases_too_many_to_look_into_are_refused(ill, context, monkeypatch, rule, check, apply):
+    monkeypatch.setitem(values_among.__kwdefaults__, "most", 4)
+    with pytest.raises(ValueError, match="'disease' of obs has more than .* too many to look for terms"):
+        check(rule, ill, ill.datasets)
+    state = State.of(ill, ill.datasets)
+    with pytest.raises(ValueError, match="apply the rule to fewer datasets"):
+        apply(rule, state, ill.datasets, context)
+    assert state.alive.all()
+    apply(rule, state, ill.datasets[1:], context)  # two entries
+
+
 # --- draws -----------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +306,46 @@ def test_a_cap_draws_from_all_but_the_controls_it_keeps(store, state, context, k
     assert set(np.flatnonzero(state.alive).tolist()) == expected
 
 
+@given(
+    codes=st.lists(st.integers(-1, 4), max_size=60),
+    quota=st.lists(st.integers(1, 12), min_size=5, max_size=5),
+    first=st.integers(0, 2**58),
+    number=st.integers(1, 9),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_draws_are_the_samples_of_each_value_with_the_smallest_keys(codes, quota, first, number, seed):
+    values = np.array(codes, np.int32)
+    is_in = (values >= 0) & (np.arange(len(codes)) % 4 > 0)
+    drawn = draw_samples(first, values, is_in, np.array(quota), seed=seed, number=number)
+    rows = np.arange(len(codes)) + first
+    expected = [drawn_by_hand(rows[is_in & (values == value)], n, seed, number) for value, n in enumerate(quota)]
+    assert set(rows[drawn].tolist()) == set().union(*expected)
+    assert count_values(values, is_in, 5).tolist() == [int((is_in & (values == v)).sum()) for v in range(5)]
+
+
+def test_a_draw_holds_nine_bytes_a_sample():
+    codes, is_in = np.zeros(400_000, np.int32), np.ones(400_000, bool)
+    draw_samples(0, codes[:10], is_in[:10], np.array([3]), seed=1, number=1)  # compiled
+    tracemalloc.start()
+    try:
+        drawn = draw_samples(0, codes, is_in, np.array([1_000]), seed=1, number=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert drawn.sum() == 1_000 and peak < 9.5 * len(codes), peak / len(codes)
+
+
+@pytest.mark.parametrize("size", [{"max_samples": 6}, {"fraction": 0.4}], ids=str)
+def test_a_value_is_drawn_from_in_each_dataset_for_itself(store, state, context, size):
+    rules.apply_subsample(recipe.Subsample(column="cell_type", **size), state, store.datasets[:2], context)
+    labels = column(store, "cell_type")
+    for value in set(labels[rows_of(store, "first", "second")]):
+        for name in ("first", "second"):
+            before = labels[rows_of(store, name)] == value
+            n = int((state.alive[rows_of(store, name)] & before).sum())
+            assert n == (6 if "max_samples" in size else max(1, round(0.4 * before.sum())))
+
+
 def test_draws_are_nested_and_differ_between_rules_and_seeds(store, context):
     def kept(n: int, **changes: Any) -> set[int]:
         state = State.of(store, store.datasets)
@@ -260,6 +378,14 @@ def test_a_share_holds_out_what_shard_building_would(store, state, context, tmp_
         assert details[dataset.name] == {
             "by": how, "samples_held_out": held, "batches_held_out": len(names), "batches": list(names),
         }  # fmt: skip
+
+
+def test_a_name_of_a_batch_means_it_in_every_dataset_of_the_rule(ill, context):
+    for records in (ill.datasets, ill.datasets[1:]):
+        state = State.of(ill, ill.datasets)
+        rules.apply_hold_out(recipe.HoldOut(batches=("first1",)), state, records, context)
+        held = (column(ill, "batch") == "first1") & rows_of(ill, *(record.name for record in records))
+        assert np.array_equal(state.is_val, held) and held.sum() in (13, 26)
 
 
 def test_what_several_rules_hold_out_adds_up(store, state, context):
@@ -325,7 +451,31 @@ def test_genes_of_files_are_kept_or_left_out(store, state, context, tmp_path):
     assert panel_ids(state, "second") == [gene_id(21)]
     assert panel_ids(state, "third") == [gene_id(3)]
     expected = {"keep_file": {"genes": 4, "unknown": 1}, "drop_file": {"genes": 1, "unknown": 0}}
+    warning = details["first"].pop("warning")
+    assert warning == f"keep: {keep}: the store does not know 1 of its 4 genes: ENSG00000000001"
     assert details == dict.fromkeys(("first", "second", "third"), expected)
+
+
+def test_genes_that_the_store_does_not_know_are_warned_of_once_and_have_no_effect(store, state, context, tmp_path):
+    keep, drop = tmp_path / "keep.txt", tmp_path / "drop.txt"
+    known = [gene_id(g) for g in (3, 21, 25)]
+    drop.write_text("\n".join([gene_id(25), *(f"ENSG0000000000{n}.1" for n in range(7))]))
+    keep.write_text("\n".join(known))
+    rule = recipe.Genes(keep=str(keep), drop=str(drop))
+    rules.check_genes(rule, store, store.datasets)
+    details = rules.apply_genes(rule, state, store.datasets, context)
+    unknown = ", ".join(f"ENSG0000000000{n}" for n in range(5))
+    warning = f"drop: {drop}: the store does not know 7 of its 8 genes: {unknown}, …"
+    assert {name: found.get("warning") for name, found in details.items()} == {
+        "first": warning, "second": None, "third": None
+    }  # fmt: skip
+    assert details["third"]["drop_file"] == {"genes": 8, "unknown": 7}
+    assert panel_ids(state, "first") == known[:2]
+    drop.write_text(gene_id(25))
+    again = State.of(store, store.datasets)
+    details = rules.apply_genes(rule, again, store.datasets, context)
+    assert "warning" not in details["first"]
+    assert {n: p.tolist() for n, p in again.panels.items()} == {n: p.tolist() for n, p in state.panels.items()}
 
 
 def test_a_dataset_without_genes_is_refused_and_nothing_changes(store, state, context, tmp_path):

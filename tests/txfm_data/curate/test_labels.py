@@ -10,7 +10,7 @@ from tests.shards.builds import make_store
 from tests.txfm_data.stores import BACKENDS
 from txfm_data import obs_filter
 from txfm_data.curate import labels
-from txfm_data.curate.labels import read_codes, read_controls, read_mask, read_values, values_among
+from txfm_data.curate.labels import read_codes, read_controls, read_mask, read_nnz, values_among
 from txfm_data.store.opening import open_store
 from txfm_data.store.protocol import Store
 
@@ -26,8 +26,8 @@ class Parts:
 
     path = "parts"
 
-    def __init__(self, column: pa.ChunkedArray, cuts: list[int], order: list[int]) -> None:
-        self._table = pa.table({"soma_joinid": pa.array(np.arange(len(column))), "label": column})
+    def __init__(self, column: pa.ChunkedArray, cuts: list[int], order: list[int], name: str = "label") -> None:
+        self._table = pa.table({"soma_joinid": pa.array(np.arange(len(column))), name: column})
         self.n_obs = len(column)
         self._spans = [(cuts[i], cuts[i + 1]) for i in order]
 
@@ -66,12 +66,16 @@ def test_codes_do_not_depend_on_how_obs_comes(data, kind, n):
     assert [None if code < 0 else found.values[code] for code in found.codes] == values
 
 
-def test_numbers_are_read_with_nan_for_null(store):
-    for column in ("raw_sum", "nnz", "age"):
-        expected = np.array([np.nan if v is None else v for v in store.obs([column])[column].to_pylist()], float)
-        assert read_values(store, column).dtype == np.float64
-        assert np.array_equal(read_values(store, column), expected, equal_nan=True)
-    assert np.isnan(read_values(store, "age")[:40]).all()
+def test_numbers_of_genes_are_those_of_obs(store):
+    assert read_nnz(store).dtype == np.int32
+    assert read_nnz(store).tolist() == store.obs(["nnz"])["nnz"].to_pylist()
+
+
+def test_numbers_of_genes_that_are_missing_are_below_zero():
+    column = pa.chunked_array([pa.array([5, None, 0, 65_536], pa.int64())])
+    assert read_nnz(Parts(column, [0, 1, 4], [1, 0], name="nnz")).tolist() == [5, -1, 0, 65_536]
+    with pytest.raises(ValueError, match="nnz of obs is no number of genes .*the store is damaged"):
+        read_nnz(Parts(pa.chunked_array([pa.array([2**40])]), [0, 1], [0], name="nnz"))
 
 
 @pytest.mark.parametrize(
@@ -107,9 +111,6 @@ def test_values_are_those_of_the_datasets_asked_about(store):
     [
         (read_codes, "cel_type", "no column 'cel_type'; did you mean cell_type"),
         (read_codes, "raw_sum", "'raw_sum' of obs holds double; labels are text, whole numbers or booleans"),
-        (read_values, "batch", "expected numbers"),
-        (read_values, "is_control", "expected numbers"),
-        (read_values, "rawsum", "did you mean raw_sum"),
     ],
 )
 def test_other_columns_are_refused(store, read, column, message):

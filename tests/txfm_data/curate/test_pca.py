@@ -136,6 +136,44 @@ def test_bytes_do_not_depend_on_the_order_of_results_nor_on_workers(
         assert first.tobytes() == spread.tobytes()
 
 
+class Windowed(Reversed):
+    """Results last first; notes how many tasks it is handed at a time."""
+
+    def __init__(self) -> None:
+        self.handed: list[int] = []
+
+    def run(self, work: Any, tasks: Any) -> Iterator[Any]:
+        tasks = list(tasks)
+        self.handed.append(len(tasks))
+        return super().run(work, tasks)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("exact_genes", "more"), [(0, 0), (0, 120_000), (2_000, 0)])
+def test_no_more_blocks_are_handed_out_than_may_wait(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_genes: int, more: int
+) -> None:
+    monkeypatch.setattr(pca, "EXACT_GENES", exact_genes)
+    monkeypatch.setattr(pca, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(pca, "_PILOT_NNZ", 10_000)
+    whole, _ = run(store, tmp_path, 7)
+    # 195 genes, and a basis of 64 columns for a sketch: the first pass holds most
+    array = 195 * (195 if exact_genes else 64)
+    result = array * (8 if exact_genes else 4)
+    least = 24 * array + 4 * result + (0 if exact_genes else 80_000)
+    with pytest.raises(ValueError, match="give a larger --memory-budget"):
+        run(store, tmp_path, 7, memory=least - 1)
+    windowed = Windowed()
+    found, _ = run(store, tmp_path, 7, memory=least + more, pool=windowed)
+    assert found.tobytes() == whole.tobytes()
+    window = 2 + more // result
+    n_blocks = -(-N_OBS // 64)
+    assert windowed.handed[: -(-n_blocks // window)] == [
+        min(window, n_blocks - at) for at in range(0, n_blocks, window)
+    ]
+    assert sum(windowed.handed) == 2 * n_blocks, "each block twice"
+
+
 def test_the_seed_changes_no_more_than_the_rest(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pca, "EXACT_GENES", 0)
     first, _ = run(store, tmp_path, 3, seed=0)
@@ -157,7 +195,7 @@ def test_too_many_components(store: Store, tmp_path: Path) -> None:
 
 
 def test_too_little_memory_names_what_would_do(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="195 columns over 195 genes takes about 1MiB, .* larger --memory-budget"):
+    with pytest.raises(ValueError, match="195 columns over 195 genes takes about 2MiB, .* larger --memory-budget"):
         run(store, tmp_path, 3, memory=1_000_000)
     assert not (tmp_path / "screen.npy").exists()
 

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from txfm_data import ingest
 from txfm_data.curate.figures import plot_phenoprints
 from txfm_data.curate.phenoprint import Screen, _CellsByTau, apply_phenoprints, check_phenoprints
 from txfm_data.curate.recipe import EmbeddingSpec, Phenoprints
+from txfm_data.curate.rows import RowFile
 from txfm_data.curate.state import State
 from txfm_data.parallel import Workers, pool
 from txfm_data.simulate.config import SimulationConfig
@@ -87,9 +89,13 @@ def small(tmp_path_factory):
     return folder / "store.soma"
 
 
-def state_of(path: Path, *names: str) -> State:
+def state_of(path: Path, *names: str, held_out: str | None = None) -> State:
+    """All samples of some datasets, or of all; held_out: a batch."""
     store = open_store(path)
-    return State.of(store, tuple(r for r in store.datasets if not names or r.name in names))
+    state = State.of(store, tuple(r for r in store.datasets if not names or r.name in names))
+    if held_out is not None:
+        state.is_val = (obs_of(state).batch == held_out).to_numpy()
+    return state
 
 
 def apply(rule: Phenoprints, state: State, folder: Path, workers: int = 0):
@@ -131,7 +137,7 @@ def test_strong_perturbations_of_a_simulated_screen_are_kept_and_null_ones_are_n
     assert len(kept & strong) / len(kept) >= 0.95 and len(kept & strong) / len(strong) >= 0.95
     assert np.array_equal(state.alive, before & (obs.is_control | obs.perturbation.isin(kept)).to_numpy())
     assert details["n_kept"] == len(kept) and details["tau"] == 0.1 and details["n_untestable"] == 0
-    assert 950 < details["n_null"] < 1_000 and "warning" not in details
+    assert 950 < details["n_null"] < 1_000 and details["warning"].startswith("no batch is held out yet")
 
 
 def test_nothing_is_consistent_once_labels_are_shuffled(simulated, tmp_path):
@@ -260,12 +266,12 @@ def test_tau_is_chosen_by_the_number_of_cells(small, tmp_path):
     state = state_of(small, "one")
     details = apply(rule, state, tmp_path / "near")["one"]
     assert details["tau"] == 0.15, "of two that are as near, the smaller"
-    assert state.alive.sum() == always + strong and "warning" not in details
+    assert state.alive.sum() == always + strong and "asked for" not in details["warning"]
     far = apply(replace(rule, calibrate_to=1_000), state_of(small, "one"), tmp_path / "far")["one"]
     assert far["tau"] == 0.9 and "% off the 1,000 asked for" in far["warning"]
     keeping = replace(rule, unassigned="keep", calibrate_to=always + strong + GROUPS[None])
     assert apply(keeping, state_of(small, "one"), tmp_path / "keeping")["one"]["tau"] == 0.15
-    with pytest.raises(ValueError, match=r"calibrate_to is the number of cells of one screen, but there are 2"):
+    with pytest.raises(ValueError, match=r"^calibrate_to is the number of cells of one screen, but there are 2"):
         apply(replace(rule, datasets=None), state_of(small), tmp_path / "both")
 
 
@@ -280,7 +286,7 @@ def test_each_screen_is_judged_by_itself_and_what_is_none_is_left_alone(small, t
     apply(Phenoprints(embedding=COLUMNS), alone, tmp_path / "two")
     assert np.array_equal(state.alive & alone.alive, alone.alive)
     assert read_table(tmp_path / "all", "two").equals(read_table(tmp_path / "two", "two"))
-    with pytest.raises(ValueError, match="no sample of dataset 'plain' has a perturbation; ingest it with"):
+    with pytest.raises(ValueError, match="^no sample of dataset 'plain' has a perturbation; ingest it with"):
         apply(Phenoprints(embedding=COLUMNS, datasets=("plain",)), state_of(small, "plain"), tmp_path / "named")
 
 
@@ -289,19 +295,20 @@ def test_a_screen_whose_perturbed_cells_are_gone_is_left_alone(small, tmp_path):
     state.alive &= obs_of(state).is_control.to_numpy()
     before = state.alive.copy()
     details = apply(Phenoprints(embedding=COLUMNS), state, tmp_path)
+    assert details["one"].pop("warning").startswith("nothing is done: none of the 1 datasets")
     assert details["one"] == {"skipped": "no sample with a perturbation is left"}
     assert np.array_equal(state.alive, before)
 
 
 @pytest.mark.parametrize(("kept", "message"), [
-    (["strong", "twice"], "0 controls are left, at least 2 are needed to align cells on; keep controls"),
+    (["strong", "twice"], "0 controls are left, at least 2 are needed to align cells on; keep more controls"),
     ([CONTROL, "alone"], "of 1 perturbations none has two cells left, so none can be tested"),
     ([CONTROL, "strong"], "a single perturbation has cells left, .* set null_controls: true"),
 ])  # fmt: skip
 def test_a_screen_that_nothing_can_be_said_about_is_refused(small, tmp_path, kept, message):
     state = state_of(small, "one")
     state.alive &= obs_of(state).perturbation.isin(kept).to_numpy()
-    with pytest.raises(ValueError, match=f"dataset 'one': {message}"):
+    with pytest.raises(ValueError, match=rf"^rule 3 \(phenoprints\): dataset 'one': {message}"):
         apply(Phenoprints(embedding=COLUMNS), state, tmp_path)
 
 
@@ -328,6 +335,62 @@ def test_too_few_random_cells_and_batches_without_controls_are_told(small, tmp_p
     assert "had fewer than 50 random cells to compare with, so their p cannot be below 0.02" in details["warning"]
 
 
+@pytest.mark.parametrize("batches", ["train", "all"])
+@pytest.mark.parametrize("held_out", [None, "b1", "no batch"])
+def test_a_choice_that_later_held_out_batches_take_part_in_is_told(small, tmp_path, batches, held_out):
+    state = state_of(small, "one", held_out=held_out)
+    details = apply(Phenoprints(embedding=COLUMNS, batches=batches), state, tmp_path)["one"]
+    is_told = batches == "train" and held_out != "b1"
+    assert 0 < details["n_kept"] < details["n_perturbations"] - 1
+    assert ("no batch is held out yet" in details.get("warning", "")) == is_told == ("warning" in details)
+
+
+@pytest.mark.parametrize(("tau", "said"), [
+    (0.005, r"no perturbation is kept: of 7 that can be tested none has p below 0.005, the least is 0\.0\d+; look"),
+    (1.0, "all 7 perturbations that can be tested are kept, none has p of 1 or above; lower tau"),
+])  # fmt: skip
+def test_a_tau_that_makes_no_choice_is_told(small, tmp_path, tau, said):
+    rule = Phenoprints(embedding=COLUMNS, tau=tau, batches="all")
+    state = state_of(small, "one")
+    details = apply(rule, state, tmp_path)["one"]
+    assert details["n_kept"] == (7 if tau == 1 else 0) and re.search(said, details["warning"])
+    assert state.alive.any()
+
+
+def test_a_rule_without_any_screen_says_so(small, tmp_path):
+    state = state_of(small, "plain")
+    details = apply(Phenoprints(embedding=COLUMNS), state, tmp_path)
+    assert "nothing is done: none of the 1 datasets that the rule looks at is a screen" in details["plain"]["warning"]
+    assert state.alive.sum() == sum(GROUPS.values())
+
+
+def test_controls_without_axes_are_told_with_what_a_recipe_can_do(small, tmp_path):
+    def embed(spec, store, record, rows, panel, out, progress):
+        with RowFile(out, rows, 2, "test") as file:
+            file.put(np.arange(len(rows)), np.ones((len(rows), 2)))
+
+    rule, state = Phenoprints(embedding=EmbeddingSpec(kind="checkpoint")), state_of(small, "one")
+    said = r"^rule 1 \(phenoprints\): dataset 'one': alignment: the 24 control cells are all equal, .* name others \(datasets\)$"
+    with pytest.raises(ValueError, match=said):
+        apply_phenoprints(rule, state, state.records, context_of(tmp_path, embed=embed))
+
+
+def test_the_details_tell_one_embedding_from_another(small, tmp_path):
+    path, told = tmp_path / "e.h5ad", []
+    rule = Phenoprints(embedding=EmbeddingSpec(kind="file", path=str(path)), datasets=("one",))
+    for seed in (0, 1, 1):
+        state = state_of(small, "one")
+        obs = state.store.obs(["raw_sum"]).to_pandas()
+        values = np.random.default_rng(seed).normal(size=(len(obs), 6)).astype(np.float32)
+        ad.AnnData(obs=obs.set_axis(obs.index.astype(str)), obsm={"X_txfm": values}).write_h5ad(path)
+        told.append(apply(rule, state, tmp_path / f"{len(told)}")["one"]["embedding_sha256"])
+        assert told[-1] == {"e.h5ad": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert told[0] != told[1]
+    assert (
+        "embedding_sha256" not in apply(Phenoprints(embedding=COLUMNS), state_of(small, "one"), tmp_path / "c")["one"]
+    )
+
+
 def test_a_screen_without_controls_is_refused_before_any_rule(tmp_path):
     adata = small_screen(1)
     counts = adata.X.toarray()
@@ -338,7 +401,7 @@ def test_a_screen_without_controls_is_refused_before_any_rule(tmp_path):
     adata.write_h5ad(tmp_path / "one.h5ad")
     ingest.h5ad(tmp_path / "one.h5ad", tmp_path / "store.soma", "one", empty_samples="drop", **LABELS)
     store = open_store(tmp_path / "store.soma")
-    with pytest.raises(ValueError, match=r"no sample of dataset 'one' is a control \(is_control\)"):
+    with pytest.raises(ValueError, match=r"^no sample of dataset 'one' is a control \(is_control\)"):
         check_phenoprints(Phenoprints(embedding=COLUMNS), store, store.datasets)
 
 

@@ -1,13 +1,16 @@
 """Rules on quality: equal to plain NumPy whatever is left before them, equal to scanpy, and no counts read without need."""
 
 import math
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
@@ -63,6 +66,27 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_READ_ROWS", 5)
     monkeypatch.setattr(blocks, "_GAP", 6)
     monkeypatch.setattr(blocks, "_SPARSE", 0.2)
+
+
+class Counted:
+    """An obs of many samples whose panel has lost no counts, so that none of them need be read."""
+
+    path = "counted"
+
+    def __init__(self, n_obs: int) -> None:
+        self.n_obs = n_obs
+
+    def gene_nnz(self, record: Any) -> np.ndarray:
+        return np.zeros(1_000, np.int64)
+
+    def obs_schema(self) -> pa.Schema:
+        return pa.schema([("nnz", pa.int64()), ("is_control", pa.bool_())])
+
+    def obs_parts(self, columns: list[str]) -> Iterator[pa.Table]:
+        for low in range(0, self.n_obs, 10_000):
+            ids = np.arange(low, low + 10_000)
+            table = pa.table({"soma_joinid": ids, "nnz": ids % 1_000, "is_control": ids % 7 == 0})
+            yield table.select(["soma_joinid", *columns])
 
 
 class Recorded:
@@ -231,12 +255,31 @@ def test_what_cannot_be_is_told_as_damage(store: Store, tmp_path: Path, monkeypa
     record = store.dataset("cells")
     block = blocks.blocks_of(record, np.arange(record.obs_start, record.obs_stop))[0]
     with pytest.raises(ValueError, match="rows 23 to 38 hold gene [0-9]+, but the vocabulary has 40 genes"):
-        quality.GeneCounts(store.path, store.n_obs, 40)(block)
-    monkeypatch.setattr(quality, "read_values", lambda store, column: np.full(store.n_obs, np.nan))
+        quality.GeneCounts(store.path, blocks.version_of(store), 40)(block)
+    monkeypatch.setattr(quality, "read_nnz", lambda store: np.full(store.n_obs, -1, np.int32))
     with pytest.raises(ValueError, match="obs has no nnz for sample 0"):
         quality.apply_cells_by_genes(
             CellsByGenes(), State.of(store, store.datasets), store.datasets, context_of(tmp_path)
         )
+
+
+def test_samples_that_are_not_read_cost_no_more_than_masks(tmp_path: Path) -> None:
+    store: Any = Counted(400_000)
+    record = SimpleNamespace(name="many", obs_start=0, obs_stop=store.n_obs, n_obs=store.n_obs)
+    state = State(store, (record,), np.ones(store.n_obs, bool), {"many": np.arange(1_000)})  # type: ignore[arg-type]
+    context = context_of(tmp_path)
+    quality.apply_cells_by_genes(CellsByGenes(min_genes=1_000_000), state, state.records, context)
+    tracemalloc.start()
+    try:
+        for rule in (CellsByGenes(min_genes=300), CellsByGenes(min_genes=400, max_genes=600, keep_controls=True)):
+            state.alive[:] = True
+            quality.apply_cells_by_genes(rule, state, state.records, context)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    nnz, is_control = np.arange(store.n_obs) % 1_000, np.arange(store.n_obs) % 7 == 0
+    np.testing.assert_array_equal(state.alive, ((nnz >= 400) & (nnz <= 600)) | is_control)
+    assert peak < 10 * store.n_obs, peak / store.n_obs
 
 
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 12), n_genes=st.integers(1, 40))
