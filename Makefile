@@ -42,8 +42,9 @@ quickstart: $(STAMP)
 	$(BIN)/txfm quickstart $(if $(strip $(DATA)),--data $(DATA)) \
 	  $(if $(strip $(ANNOTATIONS)),--annotations $(ANNOTATIONS)) $(ARGS)
 
+# Two workers, each taking whole files: fixtures of a module are made once. Slow tests measure, so they run alone.
 test: $(STAMP)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m "slow and not gpu and not network" $(ARGS)
