@@ -10,6 +10,7 @@ import pytest
 from tools import cli
 
 ROOT = Path(__file__).resolve().parents[1]
+RAN = "ran pytest --numprocesses 2 --dist loadfile"
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 PYTHON = """#!/bin/sh
@@ -69,7 +70,7 @@ def test_the_second_time_nothing_is_installed(checkout: Path) -> None:
     for _ in range(2):
         done = make(checkout, "test")
         assert done.returncode == 0, done.stderr
-    assert log(checkout) == ["install", "ran pytest", "ran pytest"]
+    assert log(checkout) == ["install", RAN, RAN]
 
 
 def test_changed_requirements_are_installed(checkout: Path) -> None:
@@ -84,7 +85,7 @@ def test_an_install_that_fails_is_tried_again(checkout: Path) -> None:
     assert make(checkout, "test", BROKEN="1").returncode != 0
     assert not (checkout / ".venv" / ".installed").exists()
     assert make(checkout, "test").returncode == 0
-    assert log(checkout) == ["install", "install", "ran pytest"]
+    assert log(checkout) == ["install", "install", RAN]
 
 
 def test_an_old_python_is_refused(checkout: Path) -> None:
