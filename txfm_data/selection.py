@@ -25,6 +25,8 @@ FORMAT, VERSION = "txfm-selection", 1
 SELECTION, SAMPLES, PANELS = "selection.json", "samples.parquet", "panels.parquet"
 _SPLITS = ("train", "val")
 _REMEDY = "make the selection again"
+_PIECE = 2**20
+"""Samples that are checked at a time."""
 _PANELS_SCHEMA = pa.schema([("dataset", pa.string()), ("gene_id", pa.string())])
 
 
@@ -83,7 +85,7 @@ def write_selection(
     split = None if is_val is None else np.asarray(is_val)
     if split is not None and (split.dtype != np.bool_ or split.shape != np.shape(sample_id)):
         raise ValueError(f"{where}: is_val must be one bool a sample, found {split.dtype} of shape {split.shape}")
-    ids = np.asarray(sample_id).astype(np.int64)
+    ids = np.asarray(sample_id).astype(np.int64, copy=False)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     part.mkdir()
@@ -337,21 +339,26 @@ def _samples_of(records: tuple[DatasetRecord, ...], sample_id: np.ndarray) -> np
 def _check_samples(where: str, store: Store, records: tuple[DatasetRecord, ...], sample_id: np.ndarray) -> None:
     if sample_id.ndim != 1 or sample_id.dtype.kind not in "iu" or not len(sample_id) or not records:
         raise ValueError(f"{where}: no samples, or not a list of integers; select at least one sample of one dataset")
-    ids = sample_id.astype(np.int64)
-    steps = np.diff(ids)
-    if (steps <= 0).any():
-        at = int(np.argmax(steps <= 0))
-        what = "is there twice" if steps[at] == 0 else f"comes before sample {ids[at + 1]}"
-        raise ValueError(f"{where}: sample {ids[at]} {what}; sample ids must ascend, each once")
     starts = np.array([record.obs_start for record in records])
     stops = np.array([record.obs_stop for record in records])
-    number = np.searchsorted(starts, ids, side="right") - 1
-    outside = (number < 0) | (ids >= stops[number])
-    if outside.any():
-        raise ValueError(
-            f"{where}: sample {ids[outside][0]} belongs to none of the datasets {[r.name for r in records]} of {store.path}"
-        )
-    empty = np.flatnonzero(np.bincount(number, minlength=len(records)) == 0)
+    found, before = np.zeros(len(records), np.int64), int(sample_id[0]) - 1
+    for low in range(0, len(sample_id), _PIECE):  # so that memory does not grow with the selection
+        ids = sample_id[low : low + _PIECE].astype(np.int64)
+        steps = np.diff(ids, prepend=before)
+        if (steps <= 0).any():
+            at = int(np.argmax(steps <= 0))
+            first = before if at == 0 else ids[at - 1]
+            what = "is there twice" if steps[at] == 0 else f"comes before sample {ids[at]}"
+            raise ValueError(f"{where}: sample {first} {what}; sample ids must ascend, each once")
+        number = np.searchsorted(starts, ids, side="right") - 1
+        outside = (number < 0) | (ids >= stops[number])
+        if outside.any():
+            raise ValueError(
+                f"{where}: sample {ids[outside][0]} belongs to none of the datasets {[r.name for r in records]} of {store.path}"
+            )
+        found += np.bincount(number, minlength=len(records))
+        before = int(ids[-1])
+    empty = np.flatnonzero(found == 0)
     if len(empty):
         raise ValueError(f"{where}: dataset {records[empty[0]].name!r} gives no sample; leave it out")
 

@@ -12,10 +12,17 @@ from shards.manifest import Corpus
 from shards.select import ShardConfig
 from shards.writer import build_shards
 from tests.shards.builds import expected_rows, files_of, rows_of
+from txfm_data import selection
 from txfm_data.selection import read_selection, write_selection
 from txfm_data.store.opening import open_store
 
 IDS = np.array([0, 3, 4, 5, 9, 20, 39, *range(71, 93, 2)])
+
+
+@pytest.fixture(autouse=True, params=[2, 2**20], ids=["pieces", "whole"])
+def piece(request, monkeypatch):
+    """Samples that are checked at a time."""
+    monkeypatch.setattr(selection, "_PIECE", request.param)
 
 
 @pytest.fixture(scope="module")
