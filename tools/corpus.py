@@ -15,9 +15,10 @@ from tools.runner import Terminal, run_kinds, run_verb, to_jsonable
 from tools.sizes import parse_size
 
 if TYPE_CHECKING:
-    from tools import shard
-    from txfm_data.corpora.build import BuildOptions, Steps
+    from shards.select import ShardConfig
+    from txfm_data.corpora.build import BuildOptions
     from txfm_data.corpora.recipe import Corpus
+    from txfm_data.corpora.steps import Steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,10 @@ class BuildCorpusOptions:
 
     name: str
     """A corpus (txfm corpus list), or a YAML file of one."""
-    sources: Path
-    """Folder below which the source files lie, named as `txfm corpus plan` says."""
     out: Path
     """Folder of the build on this machine."""
+    sources: Path | None = None
+    """Folder below which the source files lie, named as `txfm corpus plan` says; not needed where none is read."""
     datasets: tuple[str, ...] = ()
     """Names of the datasets to build. Default: all."""
     curation: Path | None = None
@@ -70,7 +71,8 @@ class BuildCorpusOptions:
     checksums: bool = False
     """Compute the checksums that the corpus file states before anything is ingested."""
     rebuild: bool = False
-    """Replace a selection and shards that were made from another recipe, other datasets or another model."""
+    """Replace a selection and shards that were made from another recipe, other datasets or another model; the old ones stay
+    until the new ones are there."""
     workers: int = 0
     """Processes on this machine that read and write; 0 works in this process, without Dask."""
     dask_scheduler: str | None = None
@@ -83,17 +85,18 @@ class BuildCorpusOptions:
 
 def run_list(options: ListOptions, terminal: Terminal) -> dict[str, Any]:
     """Name the corpora."""
-    from txfm_data.corpora.recipe import corpus_names, read_corpus
+    from txfm_data.corpora.recipe import FOLDER, corpus_names, read_corpus
 
     corpora = [read_corpus(name) for name in corpus_names()]
     return {
+        "folder": str(FOLDER),
         "corpora": [
             {
                 "name": corpus.name, "title": corpus.title, "n_datasets": len(corpus.datasets),
                 "samples_expected": corpus.expected.samples, "genes_expected": corpus.expected.genes,
             }
             for corpus in corpora
-        ]
+        ],
     }  # fmt: skip
 
 
@@ -103,8 +106,7 @@ def run_plan(options: PlanOptions, terminal: Terminal) -> dict[str, Any]:
     from txfm_data.corpora.recipe import read_corpus
 
     corpus = read_corpus(options.name)
-    if options.datasets:
-        corpus = corpus.only(options.datasets)
+    corpus = (corpus.only(options.datasets) if options.datasets else corpus).taken()
     progress = terminal.progress("checksums", "bytes")
     return plan_corpus(corpus, options.sources, checksums=options.checksums, progress=progress)
 
@@ -112,29 +114,37 @@ def run_plan(options: PlanOptions, terminal: Terminal) -> dict[str, Any]:
 def run_build(options: BuildCorpusOptions, terminal: Terminal) -> dict[str, Any]:
     """Build a corpus."""
     from tools.curate import embedder
-    from txfm_data.corpora.build import Steps, buildable, ingest_corpus, select_corpus
+    from txfm_data.corpora.build import buildable, check_build, ingest_corpus, select_corpus
+    from txfm_data.corpora.steps import Steps
     from txfm_data.curate.run import CurateOptions
 
-    corpus, building = _asked(options)
-    whole = corpus
-    corpus, missing, other = buildable(corpus, building, terminal.progress("checksums", "bytes"))
-    sharding = _shard_options(corpus, options)
-    steps = Steps(options.out, corpus.name)
-    other_files = [f"{place} {problem}" for place, problem in steps.taken_otherwise(other).items()]
-    for text in (*(f"left out, no source files: {name}" for name in missing), *other_files):
-        terminal.say(f"WARNING: {text}")
-    ingest_corpus(corpus, building, steps, progress=lambda label: terminal.progress(label, "samples"), say=terminal.say)
+    whole, corpus, building = _asked(options)
     curating = CurateOptions(
         workers=building.workers, embed=embedder(options.device), scratch=options.scratch, progress=terminal.progress,
         say=terminal.say,
     )  # fmt: skip
-    select_corpus(corpus, building, steps, curating)
-    shards = _shard(sharding, building, steps, terminal)
-    return _report(whole, corpus, building, {"missing": missing, "other_files": other_files, "shards": shards})
+    sharding = _shard_config(corpus, options.out)
+    check_build(corpus, building)
+    corpus, missing, other = buildable(corpus, building, terminal.progress("checksums", "bytes"))
+    steps = Steps(options.out, corpus.name)
+    taken = [f"other file than stated: {place} {told}" for found in other.values() for place, told in found.items()]
+    for text in (*(f"left out, no source files: {name}" for name in missing), *taken):
+        terminal.say(f"WARNING: {text}")
+    names = ingest_corpus(
+        corpus, building, steps, other=other, progress=lambda label: terminal.progress(label, "samples"), say=terminal.say
+    )  # fmt: skip
+    select_corpus(corpus, names, building, steps, curating)
+    shards = _shard(sharding, building, steps, options.scratch, terminal)
+    other_files = steps.other_files([dataset.name for dataset in corpus.datasets])
+    found = {"missing": missing, "other_files": other_files, "shards": shards}
+    report = _report(whole, corpus, building, found)
+    for text in report["warnings"]:
+        terminal.say(f"WARNING: {text}")
+    return report
 
 
-def _asked(options: BuildCorpusOptions) -> "tuple[Corpus, BuildOptions]":
-    """The corpus with what the command line changes, checked before anything is read."""
+def _asked(options: BuildCorpusOptions) -> "tuple[Corpus, Corpus, BuildOptions]":
+    """The corpus with the curation of the command line, the part of it that is asked for, and how to build it."""
     from txfm_data.corpora.build import BuildOptions
     from txfm_data.corpora.recipe import read_corpus
     from txfm_data.curate.recipe import read_recipe, with_model
@@ -143,55 +153,62 @@ def _asked(options: BuildCorpusOptions) -> "tuple[Corpus, BuildOptions]":
     corpus = read_corpus(options.name)
     if options.curation is not None:
         corpus = corpus.with_curation(read_recipe(options.curation))
-    if options.datasets:
-        corpus = corpus.only(options.datasets)
-    corpus = corpus.with_curation(with_model(corpus.curation, options.model))
+    part = (corpus.only(options.datasets) if options.datasets else corpus).taken()
+    part = part.with_curation(with_model(part.curation, options.model))
     building = BuildOptions(
         sources=options.sources, out=options.out, allow_missing=options.allow_missing, checksums=options.checksums,
         accept_other_files=options.accept_other_files, rebuild=options.rebuild, census_uri=options.census,
         workers=Workers(n=options.workers, scheduler=options.dask_scheduler, memory=parse_size(options.memory_budget)),
     )  # fmt: skip
-    return corpus, building
+    return corpus.only(options.datasets) if options.datasets else corpus, part, building
 
 
 _OWN = ("store", "out", "selection", "workers", "dask_scheduler", "memory_budget", "scratch", "dry_run")
 
 
-def _shard_options(corpus: "Corpus", options: BuildCorpusOptions) -> "shard.Options":
+def _shard_config(corpus: "Corpus", out: Path) -> "ShardConfig":
+    """How the shards of a corpus are made, checked as far as it can be without a store."""
     from tools import shard
     from txfm_data.config_tree import from_tree
-    from txfm_data.corpora.build import SELECTED, SHARDS, STORE
+    from txfm_data.corpora.build import SELECTED
 
     for key in _OWN:
         if key in corpus.shard:
             raise ValueError(f"corpus {corpus.name}: shard sets {key}, which the build chooses; leave it out")
-    own = {
-        "store": str(options.out / STORE), "out": str(options.out / SHARDS), "selection": str(options.out / SELECTED),
-        "workers": options.workers, "dask_scheduler": options.dask_scheduler, "memory_budget": options.memory_budget,
-        "scratch": None if options.scratch is None else str(options.scratch),
-    }  # fmt: skip
-    return from_tree(shard.Options, {**corpus.shard, **own}, f"corpus {corpus.name}: shard")
+    tree = {**corpus.shard, "store": "", "out": "", "selection": str(out / SELECTED)}
+    asked = from_tree(shard.Options, tree, f"corpus {corpus.name}: shard")
+    try:
+        return shard.config_of(asked)
+    except ValueError as error:
+        raise ValueError(f"corpus {corpus.name}: shard: {error}") from error
 
 
-def _shard(asked: "shard.Options", building: "BuildOptions", steps: "Steps", terminal: Terminal) -> dict[str, Any]:
+def _shard(
+    config: "ShardConfig", building: "BuildOptions", steps: "Steps", scratch: Path | None, terminal: Terminal
+) -> dict[str, Any]:
     """Build the shards, unless that is done; what they hold."""
     from shards.describe import describe
     from shards.manifest import MANIFEST, Corpus
-    from tools import shard
-    from txfm_data.config_tree import to_tree
-    from txfm_data.corpora.build import SHARDS
+    from shards.writer import build_shards, plan_shards
+    from txfm_data.corpora.build import SELECTED, SHARDS, store_path
     from txfm_data.selection import read_selection
     from txfm_data.store.opening import open_store
 
-    chosen = read_selection(str(asked.selection), open_store(asked.store))
-    inputs = {key: value for key, value in to_tree(asked).items() if key not in _OWN} | {"selection": chosen.sha256}
-    out = building.out / SHARDS
-    if steps.must_run("shards", inputs, out, MANIFEST, rebuild=building.rebuild):
-        shard.run(asked, terminal)
-    else:
+    store, out = open_store(store_path(building.out)), building.out / SHARDS
+    chosen = read_selection(building.out / SELECTED, store)
+    inputs = vars(config) | {"weights": dict(config.weights), "selection": chosen.sha256}
+    if steps.is_made("shards", inputs, out, MANIFEST, rebuild=building.rebuild):
         terminal.say("shards: made from the same before, kept")
+    else:
+        if (out / MANIFEST).is_file():  # nothing is put aside for what would be refused
+            free = out.with_name(f".{out.name}.new")
+            plan_shards(store, free, config, workers=building.workers, scratch=scratch)
+        with steps.making("shards", inputs, out, MANIFEST):
+            progress = terminal.progress("reading, then writing")
+            build_shards(store, out, config, workers=building.workers, scratch=scratch, progress=progress)
     found = describe(Corpus(out))
-    return {key: found[key] for key in ("path", "n_train", "n_val", "n_genes", "shards", "bytes", "fingerprint")}
+    keys = ("path", "n_train", "n_val", "n_genes", "shards", "bytes", "fingerprint", "datasets")
+    return {key: found[key] for key in keys}
 
 
 def _report(whole: "Corpus", corpus: "Corpus", building: "BuildOptions", more: dict[str, Any]) -> dict[str, Any]:
@@ -200,9 +217,9 @@ def _report(whole: "Corpus", corpus: "Corpus", building: "BuildOptions", more: d
     from txfm_data.corpora.report import compare, report_text
 
     built = [dataset.name for dataset in corpus.datasets]
-    report = (
-        compare(whole, building.out / STORE, building.out / SELECTED, built=built) | more | {"out": str(building.out)}
-    )
+    n_val = {dataset["name"]: dataset["n_val"] for dataset in more["shards"].pop("datasets")}
+    found = compare(whole, building.out / STORE, building.out / SELECTED, built=built, n_val=n_val)
+    report = found | more | {"out": str(building.out)}
     text = report_text(report)
     for name, content in (("report.json", json.dumps(to_jsonable(report), indent=1) + "\n"), ("report.txt", text)):
         part = building.out / f".{name}.tmp"
@@ -212,7 +229,12 @@ def _report(whole: "Corpus", corpus: "Corpus", building: "BuildOptions", more: d
 
 
 def list_summary(result: dict[str, Any]) -> str:
-    """One line a corpus."""
+    """One line a corpus; where there is none, the folder that was looked in."""
+    if not result["corpora"]:
+        return (
+            f"no corpora in {result['folder']}: an installed package brings none. `txfm corpus plan` and `txfm corpus build` take "
+            "the path of a YAML file"
+        )
     width = max((len(corpus["name"]) for corpus in result["corpora"]), default=0)
     return "\n".join(f"{corpus['name']:<{width}}  {corpus['title']}" for corpus in result["corpora"])
 

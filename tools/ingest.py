@@ -39,6 +39,8 @@ class _Common:
     """What to do with several columns of one gene id: refuse, sum their counts, or keep the first."""
     empty_samples: Literal["error", "drop"] = "error"
     """What to do with samples without any count: refuse, or leave them out and say how many (reads the source twice)."""
+    other_organisms: Literal["error", "drop"] = "error"
+    """What to do with genes of other organisms, which a store does not hold: refuse, or leave them out and say how many."""
     workers: int = 0
     """Processes on this machine that read and write blocks; 0 works in this process, without Dask."""
     dask_scheduler: str | None = None
@@ -295,6 +297,8 @@ def _plan(result: dict[str, Any]) -> list[str]:
 
 def _line(found: dict[str, Any]) -> str:
     genes = f"matched {found['genes_matched']:,} of {found['genes_in_file']:,} columns"
+    if found["genes_of_other_organisms"]:
+        genes += f", left out {found['genes_of_other_organisms']:,} of other organisms"
     if found.get("dry_run"):
         return (
             f"{found['dataset']} (dry run, nothing written): {found['n_obs']:,} samples x {found['n_panel']:,} genes ({genes}), "

@@ -4,13 +4,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # run as a file from a checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools.runner import Terminal, run_verb
 from tools.sizes import parse_size
+
+if TYPE_CHECKING:
+    from shards.select import ShardConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,24 +63,30 @@ class Options:
 
 def run(options: Options, terminal: Terminal) -> dict[str, Any]:
     """Build the shards, or say what that would take."""
-    from shards.select import ShardConfig
     from shards.writer import build_shards, plan_shards
     from txfm_data.parallel import Workers
     from txfm_data.store.opening import open_store
 
-    config = ShardConfig(
-        datasets=options.datasets, min_cells=options.min_cells, min_cell_fraction=options.min_cell_fraction,
-        selection=options.selection, val_batches=options.val_batches, weights=_weights(options.weight),
-        obs_columns=tuple(name for names in options.obs for name in names.split(",") if name), seed=options.seed,
-        block_rows=options.block, lanes=options.lanes, mix_blocks=options.mix_blocks,
-        shard_bytes=parse_size(options.shard_bytes),
-    )  # fmt: skip
+    config = config_of(options)
     workers = Workers(n=options.workers, scheduler=options.dask_scheduler, memory=parse_size(options.memory_budget))
     store = open_store(options.store)
     if options.dry_run:
         return plan_shards(store, options.out, config, workers=workers, scratch=options.scratch)
     progress = terminal.progress("reading, then writing")
     return build_shards(store, options.out, config, workers=workers, scratch=options.scratch, progress=progress)
+
+
+def config_of(options: Options) -> "ShardConfig":
+    """What goes into the shards and how they are cut."""
+    from shards.select import ShardConfig
+
+    return ShardConfig(
+        datasets=options.datasets, min_cells=options.min_cells, min_cell_fraction=options.min_cell_fraction,
+        selection=options.selection, val_batches=options.val_batches, weights=_weights(options.weight),
+        obs_columns=tuple(name for names in options.obs for name in names.split(",") if name), seed=options.seed,
+        block_rows=options.block, lanes=options.lanes, mix_blocks=options.mix_blocks,
+        shard_bytes=parse_size(options.shard_bytes),
+    )  # fmt: skip
 
 
 def _weights(pairs: tuple[str, ...]) -> dict[str, float]:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -51,8 +54,8 @@ def arguments(diverse: Path, out: Path) -> list[str]:
     return [*map(str, words), "--accept-other-files", "--json"]
 
 
-def killed(words: list[str], out: Path, at: str) -> None:
-    """Run the verb in a process of its own and kill it when a step has begun."""
+def killed(words: list[str], is_due: Callable[[], bool]) -> None:
+    """Run the verb in a process of its own and kill it at a moment."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "corpus.py"), *words],
         stdout=subprocess.DEVNULL,
@@ -60,43 +63,51 @@ def killed(words: list[str], out: Path, at: str) -> None:
         text=True,
     )
     deadline = time.monotonic() + 120
-    steps = out / "steps.json"
-    while not (steps.is_file() and at in json.loads(steps.read_text())["steps"]):
+    while not is_due():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
-        time.sleep(0.005)
+        time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
 
-def test_the_nine_datasets_are_built_though_killed_twice(diverse, tmp_path, capsys):
+def has_begun(out: Path, step: str) -> Callable[[], bool]:
+    """Whether a step was written down."""
+    steps = out / "steps.json"
+    return lambda: steps.is_file() and step in json.loads(steps.read_text())["steps"]
+
+
+def has_file(out: Path, pattern: str) -> Callable[[], bool]:
+    """Whether there is a file of some name below the folder of a build, beside or in its results."""
+
+    def is_there() -> bool:
+        try:
+            return any(out.glob(pattern))
+        except FileNotFoundError:  # a folder went away while it was listed
+            return False
+
+    return is_there
+
+
+def test_the_nine_datasets_are_built_though_killed_in_every_step(diverse, tmp_path, capsys):
     out, whole = tmp_path / "out", tmp_path / "whole"
     words = arguments(diverse, out)
-    killed(words, out, "ingest sci_plex")
+    killed(words, has_begun(out, "ingest sci_plex"))
     assert [r.name for r in open_store(out / "store.soma").datasets][:2] == ["k562_gwps", "glioblastoma"]
     assert not (out / "selection").exists() and not (out / "report.txt").exists()
-    killed(words, out, "shards")
-    assert not (out / "corpus.shards").exists() and not (out / "report.txt").exists()
+    killed(words, has_file(out, ".selection.curate*/**/rule-4-*"))
+    assert has_file(out, ".selection.curate*/**/rule-4-*")() and not (out / "selection").exists(), (
+        "while phenoprints are looked for"
+    )
+    killed(words, has_file(out, ".corpus.shards*/**/*.tar*"))
+    assert has_file(out, ".corpus.shards*/**/*.tar*")() and not (out / "corpus.shards").exists(), "among the shards"
+    assert not (out / "report.txt").exists()
     assert corpus.main(words) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in result["datasets"]] == [d.name for d in read_corpus(DIVERSE).datasets]
     assert result["n_differ"] == 9 and result["n_not_built"] == 0
-    by_name = {row["name"]: row for row in result["datasets"]}
-    for name, row in by_name.items():
-        assert 0 < row["samples"]["found"] <= 240, name
-        assert row["samples"]["difference"] == row["samples"]["found"] - row["samples"]["expected"] < 0, name
-        assert 0 < row["genes"]["found"] <= 140 and row["genes"]["difference"] < 0, name
-    assert by_name["k562_gwps"]["samples"]["found"] < 200, "perturbations without a phenoprint are gone"
-    table = (out / "selection" / "phenoprints_4_k562_gwps.tsv").read_text().splitlines()
-    kept = {line.split("\t")[0] for line in table[1:] if line.endswith("true")}
-    assert kept == {"SIM00001", "SIM00002", "SIM00003"}, "those that do something, see txfm_data.simulate.formats"
-    assert result["whole"]["samples"]["expected"] == 1_434_299 and result["whole"]["genes"]["found"] <= 200
-    text = (out / "report.txt").read_text()
-    assert (
-        "502,080" in text and "other file than stated" in text and "0 of 9 datasets are as expected, 9 differ" in text
-    )
-    assert json.loads((out / "report.json").read_text())["whole"] == result["whole"]
+    check_numbers(result, out)
     assert corpus.main(arguments(diverse, whole)) == 0
     assert json.loads(capsys.readouterr().out)["shards"]["fingerprint"] == result["shards"]["fingerprint"]
     before = (out / "corpus.shards" / "manifest.json").stat().st_mtime_ns
@@ -104,6 +115,27 @@ def test_the_nine_datasets_are_built_though_killed_twice(diverse, tmp_path, caps
     said = capsys.readouterr()
     assert json.loads(said.out)["whole"] == result["whole"] and "shards: made from the same before, kept" in said.err
     assert (out / "corpus.shards" / "manifest.json").stat().st_mtime_ns == before
+
+
+def check_numbers(result: dict[str, Any], out: Path) -> None:
+    """What is said of each dataset, and of the phenoprints, in the result and in the report."""
+    by_name = {row["name"]: row for row in result["datasets"]}
+    for name, row in by_name.items():
+        assert 0 < row["samples"]["found"] == row["train"] + row["val"] <= 240, name
+        assert row["samples"]["difference"] == row["samples"]["found"] - row["samples"]["expected"] < 0, name
+        assert 0 < row["genes"]["found"] <= 140 and row["genes"]["difference"] < 0, name
+    assert by_name["k562_gwps"]["samples"]["found"] < 200, "perturbations without a phenoprint are gone"
+    assert result["whole"]["val"] == result["shards"]["n_val"] > 0
+    table = (out / "selection" / "phenoprints_4_k562_gwps.tsv").read_text().splitlines()
+    kept = {line.split("\t")[0] for line in table[1:] if line.endswith("true")}
+    assert kept == {"SIM00001", "SIM00002", "SIM00003"}, "those that do something, see txfm_data.simulate.formats"
+    assert result["whole"]["samples"]["expected"] == 1_434_299 and result["whole"]["genes"]["found"] <= 200
+    text = (out / "report.txt").read_text()
+    assert "502,080" in text and "0 of 9 datasets are as expected, 9 differ" in text
+    assert re.search(
+        r"other file than stated: \S*K562_gwps_raw_singlecell_01.h5ad has [\d,]+ bytes, expected 65,830,941,948", text
+    )
+    assert json.loads((out / "report.json").read_text())["whole"] == result["whole"]
 
 
 @pytest.mark.slow
@@ -145,9 +177,18 @@ def test_shards_are_made_as_the_corpus_says_and_again_only_when_asked(small, cap
     assert Corpus(small / "out" / "corpus.shards").lanes == 4
     write_corpus(small, lambda tree: tree.update(shard={"lanes": 2, "block": 8}))
     assert build(small) == 1
-    assert "corpus.shards: was made from something else (other lanes, obs); pass --rebuild" in capsys.readouterr().err
+    assert (
+        "corpus.shards: was made from something else (other lanes, obs_columns); pass --rebuild"
+        in capsys.readouterr().err
+    )
     assert build(small, "--rebuild") == 0
     assert Corpus(small / "out" / "corpus.shards").lanes == 2
+    capsys.readouterr()
+    write_corpus(small, lambda tree: tree.update(shard={"lanes": 2, "block": 8, "obs": ["organ"]}))
+    assert build(small, "--rebuild") == 1 and "organ" in capsys.readouterr().err
+    assert Corpus(small / "out" / "corpus.shards").lanes == 2, "what cannot be built replaces nothing"
+    write_corpus(small, lambda tree: tree.update(shard={"lanes": 2, "block": 8}))
+    assert build(small) == 0 and "shards: made from the same before, kept" in capsys.readouterr().err
 
 
 def test_what_a_build_cannot_do_is_said_before_it_begins(small, diverse, capsys):
@@ -155,11 +196,23 @@ def test_what_a_build_cannot_do_is_said_before_it_begins(small, diverse, capsys)
     assert build(small) == 1 and "shard sets store, which the build chooses" in capsys.readouterr().err
     write_corpus(small, lambda tree: tree.update(shard={"lane": 2}))
     assert build(small) == 1 and "lane: unknown key; did you mean lanes" in capsys.readouterr().err
+    write_corpus(small, lambda tree: tree.update(shard={"lanes": 0}))
+    assert build(small) == 1 and "corpus small: shard: lanes and mix_blocks must lie between" in capsys.readouterr().err
+    write_corpus(small, lambda tree: tree["datasets"][2]["ingest"].update(bacth="x"))
+    assert build(small) == 1 and "kind gct has no option 'bacth'; did you mean batch" in capsys.readouterr().err
+    write_corpus(small, lambda tree: tree["datasets"][2]["ingest"].update(values="tpm"))
+    assert corpus.main(["plan", str(small / "small.yaml")]) == 1
+    assert "dataset 3: ingest.values: expected counts|normalized, got 'tpm'" in capsys.readouterr().err
     write_corpus(small)
+    assert build(small, "--memory-budget", "700MiB") == 1 and "give at least 768MiB" in capsys.readouterr().err
+    assert corpus.main(["build", str(small / "small.yaml"), "--out", str(small / "out")]) == 1
+    assert "name their folder with --sources" in capsys.readouterr().err
     (small / "sources" / "tissues.gct").unlink()
     assert build(small) == 1 and "tissues: tissues.gct" in capsys.readouterr().err
     words = arguments(diverse, small / "out")
     assert corpus.main(words[:6]) == 1 and "give --model" in capsys.readouterr().err, "phenoprints need a checkpoint"
+    assert corpus.main([*words[:6], "--model", str(small)]) == 1
+    assert "rule 4 (phenoprints): embedding: " in (said := capsys.readouterr().err) and "is no checkpoint" in said
     assert corpus.main(words[:8]) == 1 and "bytes, expected 65,830,941,948" in capsys.readouterr().err
     assert build(small, "--datasets", "cels") == 1 and "did you mean cells" in capsys.readouterr().err
     assert corpus.main(["build", "small"]) == 2
@@ -188,7 +241,7 @@ def test_plans_and_the_list(small, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert [d["name"] for d in plan["datasets"]] == ["gtex"] and plan["n_missing"] == 2
     assert corpus.main(["plan", "diverse_rna"]) == 1
-    assert "no such corpus; did you mean" in capsys.readouterr().err
+    assert "configs/corpora; did you mean diverse_rna_1.4m" in capsys.readouterr().err
 
 
 def test_a_corpus_of_a_census(tmp_path, capsys):
@@ -196,13 +249,42 @@ def test_a_corpus_of_a_census(tmp_path, capsys):
     tree = yaml.safe_load((ROOT / "configs" / "corpora" / "tf_sapiens.yaml").read_text())
     tree |= {"name": "lungs", "shard": {"lanes": 2, "block": 8}}
     tree["datasets"][0]["ingest"] |= {"obs_filter": "tissue_general == 'lung'"}
-    (tmp_path / "lungs.yaml").write_text(yaml.safe_dump(tree))
-    words = ["build", str(tmp_path / "lungs.yaml"), "--sources", str(tmp_path), "--out", str(tmp_path / "out")]
-    words += ["--census", str(tmp_path / "census"), "--json"]
-    assert corpus.main(words) == 0
+    words = [
+        "build",
+        str(tmp_path / "lungs.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+        "--census",
+        str(tmp_path / "census"),
+        "--json",
+    ]
+    write = (tmp_path / "lungs.yaml").write_text
+    tree["datasets"][0]["ingest"]["obs_filter"] = "tissu == 'lung'"
+    write(yaml.safe_dump(tree))
+    assert corpus.main(words) == 1 and "tissu" in capsys.readouterr().err
+    tree["datasets"][0]["ingest"]["obs_filter"] = "tissue_general == 'lung'"
+    write(yaml.safe_dump(tree))
+    assert corpus.main(words) == 0, "a filter that failed does not stand in the way of the right one"
     (row,) = json.loads(capsys.readouterr().out)["datasets"]
     held = open_store(tmp_path / "out" / "store.soma").datasets
     assert {record.name for record in held} == {DATASETS[0], DATASETS[2]}
     assert row["samples"]["found"] == sum(record.n_obs for record in held) > 50 and row["verdict"] == "differs"
     assert corpus.main(words) == 0, "again, with nothing left to do"
     assert json.loads(capsys.readouterr().out)["datasets"] == [row]
+    (tmp_path / "census").rename(tmp_path / "other")
+    assert corpus.main([*words[:-2], str(tmp_path / "other"), "--json"]) == 1
+    assert "dataset 'census' was ingested otherwise (other census)" in capsys.readouterr().err
+    tree["datasets"][0]["ingest"]["obs_filter"] = "tissue_general == 'blood'"
+    write(yaml.safe_dump(tree))
+    assert corpus.main(words) == 1
+    assert "dataset 'census' was ingested otherwise (other obs_filter)" in capsys.readouterr().err
+
+
+def test_without_corpora_the_list_says_where_it_looked(monkeypatch, tmp_path, capsys):
+    from txfm_data.corpora import recipe
+
+    monkeypatch.setattr(recipe, "FOLDER", tmp_path)
+    assert corpus.main(["list"]) == 0
+    said = capsys.readouterr().out
+    assert f"no corpora in {tmp_path}" in said and "the path of a YAML file" in said
+    assert corpus.main(["plan", "diverse_rna_1.4m"]) == 1 and f"in {tmp_path}" in capsys.readouterr().err

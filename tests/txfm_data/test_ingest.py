@@ -116,6 +116,36 @@ def test_duplicate_genes_by_a_declared_rule(tmp_path, rule):
     np.testing.assert_array_equal(stored(tmp_path / "store")[0], np.column_stack([first, dense[:, 2:]]))
 
 
+@pytest.mark.parametrize("layout", [sp.csr_matrix, sp.csc_matrix])
+def test_genes_of_other_organisms_are_left_out_when_that_is_asked_for(tmp_path, layout):
+    adata = example()
+    names = list(adata.var_names)
+    for at in (0, 3, 7):  # in between those of the store's organism
+        names[at] = f"ENSMUSG{at:011d}.2"
+    names[5] = "ERCC-00002"
+    adata.var_names = names
+    adata.X = layout(adata.X)
+    path, store = write(tmp_path, adata), tmp_path / "store"
+    with pytest.raises(
+        ValueError, match=r"3 of 7 genes are of another organism \(for example ENSMUSG00000000000: .*--other-organ"
+    ):
+        ingest.h5ad(path, store, "d")
+    planned = ingest.h5ad(path, store, "d", other_organisms="drop", dry_run=True)
+    result = ingest.h5ad(path, store, "d", other_organisms="drop")
+    for found in (planned, result):
+        assert (found["genes_of_other_organisms"], found["genes_matched"], found["genes_in_file"]) == (3, 4, 8)
+    dense = adata.X.toarray()
+    counts, genes = stored(store)
+    assert genes == tuple(f"ENSG{at:011d}" for at in (1, 2, 4, 6))
+    np.testing.assert_array_equal(counts, dense[:, [1, 2, 4, 6]])
+    obs = open_store(store).obs()
+    np.testing.assert_array_equal(obs["raw_sum"], dense.sum(axis=1), "their counts are of the library")
+    np.testing.assert_array_equal(obs["nnz"], (counts > 0).sum(axis=1))
+    adata.var_names = [f"ENSMUSG{at:011d}" for at in range(8)]
+    with pytest.raises(ValueError, match="8 of 8 genes are of another organism .* no gene would be left"):
+        ingest.h5ad(write(tmp_path, adata, "mouse.h5ad"), store, "m", other_organisms="drop")
+
+
 def test_a_library_size_column_and_dropped_empty_samples(tmp_path):
     adata = example()
     counts = adata.X.toarray()

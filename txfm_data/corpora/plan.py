@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from txfm_data.corpora.recipe import CENSUS, PATH_OPTIONS, Corpus, CorpusDataset, SourceFile
+from txfm_data.corpora.entries import PATH_OPTIONS
+from txfm_data.corpora.recipe import IDENTITY, Corpus, CorpusDataset, SourceFile
 from txfm_data.progress import Progress, ignore
 
 State = Literal["there", "missing", "other"]
@@ -14,15 +15,17 @@ _HASH_BYTES = 2**22
 _BYTES_A_VALUE = 1.2
 """Of a store, per count above zero; as `txfm ingest --dry-run` estimates it."""
 _BYTES_A_VALUE_SHARDED = 0.9
-_VALUES_A_CELL, _SHARE_OF_GENES_BULK = 3_000, 0.6
-"""Counts above zero that an estimate assumes: of a single cell, and as a share of the genes of a bulk profile."""
+_VALUES_A_CELL, _SHARE_OF_GENES_BULK, _GENES_BULK = 3_000, 0.6, 20_000
+"""Counts above zero that an estimate assumes: of a single cell, and as a share of the genes of a bulk profile, and how many
+genes that has where nobody states it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileState:
     """One file of a source and what is at its place.
 
-    state : "there", "missing", or "other", if size or checksum are not the stated ones.  found_bytes : None for a folder.
+    state : "there", "missing", as an empty folder is too, or "other", if size or checksum are not the stated ones.
+    found_bytes : None for a folder.
     problem : what is other.
     """
 
@@ -57,7 +60,7 @@ def file_states(
     states = []
     for file in needed_files(dataset):
         place = Path(file.path) if sources is None else sources / file.path
-        if sources is None or not place.exists():
+        if sources is None or not place.exists() or (place.is_dir() and not any(place.iterdir())):
             states.append(FileState(dataset=dataset.name, file=file, place=place, state="missing"))
             continue
         size = place.stat().st_size if place.is_file() else None
@@ -108,8 +111,8 @@ def plan_corpus(
     Returns
     -------
     dict
-        corpus, title, sources, datasets (name, title, kind, accession, portal, expected, files, evidence, not_verified,
-        candidates, bytes_estimated), n_missing, n_other, missing (paths), rules, expected, store_bytes_estimated,
+        corpus, title, sources, datasets (name, title, kind, accession, portal, expected, files, evidence, not_shown,
+        candidates, sizes estimated), n_missing, n_other, missing (paths), rules, expected, store_bytes_estimated,
         shard_bytes_estimated, notes.
     """
     datasets = [
@@ -132,8 +135,9 @@ def plan_corpus(
 
 def _dataset_plan(dataset: CorpusDataset, states: list[FileState]) -> dict[str, Any]:
     expected = dataset.expected
-    in_store = expected.source_samples or expected.samples
-    per_sample = _VALUES_A_CELL if dataset.modality == "sc" else int((expected.genes or 20_000) * _SHARE_OF_GENES_BULK)
+    in_store, in_shards = expected.source_samples or expected.samples, expected.samples or expected.source_samples
+    n_genes = expected.genes or expected.source_genes or _GENES_BULK
+    per_sample = _VALUES_A_CELL if dataset.modality == "sc" else int(n_genes * _SHARE_OF_GENES_BULK)
     return {
         "name": dataset.name, "title": dataset.title, "kind": dataset.kind, "modality": dataset.modality,
         "accession": dataset.source.accession, "portal": dataset.source.portal, "gene_ids": dataset.gene_ids,
@@ -146,10 +150,10 @@ def _dataset_plan(dataset: CorpusDataset, states: list[FileState]) -> dict[str, 
             for s in states
         ],
         "evidence": [{"fields": list(entry.fields), "by": entry.by} for entry in dataset.evidence],
-        "not_verified": dataset.open_facts(), "candidates": list(dataset.candidates),
+        "not_shown": dataset.open_facts(), "candidates": list(dataset.candidates),
         "store_bytes_estimated": None if in_store is None else int(in_store * per_sample * _BYTES_A_VALUE),
         "shard_bytes_estimated": (
-            None if expected.samples is None else int(expected.samples * per_sample * _BYTES_A_VALUE_SHARDED)
+            None if in_shards is None else int(in_shards * per_sample * _BYTES_A_VALUE_SHARDED)
         ),
     }  # fmt: skip
 
@@ -187,7 +191,7 @@ def plan_text(plan: dict[str, Any]) -> str:
 def _dataset_lines(dataset: dict[str, Any]) -> Iterator[str]:
     expected = dataset["expected"]
     size = " x ".join("?" if expected[key] is None else f"{expected[key]:,}" for key in ("samples", "genes"))
-    doubt = " [not verified]" if "identity" in dataset["not_verified"] else ""
+    doubt = " [not shown that the paper used this]" if IDENTITY in dataset["not_shown"] else ""
     yield f"{dataset['name']} ({size}): {dataset['title']}{doubt}"
     where = " ".join(filter(None, (dataset["accession"], dataset["portal"])))
     yield f"  from: {where or 'not known'}; read as {dataset['kind']}"
@@ -197,9 +201,16 @@ def _dataset_lines(dataset: dict[str, Any]) -> Iterator[str]:
         if file["url"]:
             yield f"      {file['url']}"
     for entry in dataset["evidence"]:
-        yield f"  verified: {', '.join(entry['fields'])}: {entry['by']}"
-    for name, note in dataset["not_verified"].items():
-        yield f"  not verified: {name}: {note}"
+        if IDENTITY in entry["fields"]:
+            yield f"  used by the paper: shown: {entry['by']}"
+    if IDENTITY in dataset["not_shown"]:
+        yield f"  used by the paper: not shown: {dataset['not_shown'][IDENTITY]}"
+    for entry in dataset["evidence"]:
+        if fields := [name for name in entry["fields"] if name != IDENTITY]:
+            yield f"  shown: {', '.join(fields)}: {entry['by']}"
+    for name, note in dataset["not_shown"].items():
+        if name != IDENTITY:
+            yield f"  not shown: {name}: {note}"
     for candidate in dataset["candidates"]:
         yield f"  candidate: {candidate}"
 
@@ -222,8 +233,3 @@ def missing_text(corpus: Corpus, states: list[FileState]) -> str:
         where = source.accession or source.portal
         parts.append(f"{name}: {', '.join(paths)}" + (f" (from {where})" if where else ""))
     return "; ".join(parts)
-
-
-def takes_network(dataset: CorpusDataset) -> bool:
-    """Whether a dataset is read from a service and not from files."""
-    return dataset.kind == CENSUS

@@ -1,21 +1,22 @@
 """A corpus file: its datasets with their sources, what is known about each, the curation, and variants that change a part."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from txfm_data.config_tree import did_you_mean, from_tree
+from txfm_data.corpora.entries import CENSUS, check_entry
+from txfm_data.corpora.fields import check_known, check_relative, mapping, text, texts, whole_number
 from txfm_data.curate.recipe import Recipe, parse_recipe
-from txfm_data.ingest.kinds import SOURCE_KINDS
+from txfm_data.ingest.kinds import BULK_KINDS
+from txfm_data.yaml_file import read_yaml
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "corpora"
-"""Where the corpora of this project lie."""
+"""Where the corpora of this project lie in a checkout; an installed package has none."""
 GeneIds = Literal["ensembl", "ensembl_version", "symbol", "unknown"]
-CENSUS = "census"
-KINDS = (*SOURCE_KINDS, CENSUS)
-PATH_OPTIONS = ("path", "sample_table", "sample_sheet", "gene_map", "dataset_ids")
-"""Options of an ingest that name a file or folder below that of the sources."""
+IDENTITY = "identity"
+"""Field that says whether the paper used just this source; all others are about the source itself."""
 _WHOLE = ("name", "title", "description", "citation", "datasets", "curation", "shard", "expected", "epochs", "notes")
 _VARIANT = (
     "name", "title", "description", "citation", "base", "keep_datasets", "drop_datasets", "replace_rules", "shard", "expected",
@@ -39,7 +40,7 @@ class SourceFile:
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        _check_relative(self.path, "path of a source file")
+        check_relative(self.path, "path of a source file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class Expected:
 
     samples, genes : after curation.  source_samples, source_genes : of the source itself.
     within : how far from `samples` the true number may be, where a rounded one was stated.
+    of : which samples that number counts: all that are left, or those to train on alone.
     """
 
     samples: int | None = None
@@ -69,11 +71,12 @@ class Expected:
     source_samples: int | None = None
     source_genes: int | None = None
     within: int = 0
+    of: Literal["all", "train"] = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What shows that some fields of a dataset are right."""
+    """What shows that some fields of a dataset are right: of the source, or with `IDENTITY` that the paper used it."""
 
     fields: tuple[str, ...]
     by: str
@@ -110,13 +113,13 @@ class CorpusDataset:
 
     @property
     def kind(self) -> str:
-        """Kind of the source: one of `KINDS`."""
+        """Kind of the source: one of `entries.KINDS`."""
         return str(self.ingest["kind"])
 
     @property
     def modality(self) -> str:
         """Single cells ("sc") or profiles ("bulk")."""
-        return str(self.ingest.get("modality", "bulk" if self.kind in ("gct", "star", "table") else "sc"))
+        return str(self.ingest.get("modality", "bulk" if self.kind in BULK_KINDS else "sc"))
 
     def facts(self) -> dict[str, Any]:
         """The fields that somebody must know from the source, with their values; those not given are left out."""
@@ -125,7 +128,7 @@ class CorpusDataset:
         }
         sizes = {key: getattr(self.expected, key) for key in ("samples", "genes", "source_samples", "source_genes")}
         whole = {
-            "identity": self.title, "source.accession": self.source.accession, "source.files": self.source.files or None,
+            IDENTITY: self.title, "source.accession": self.source.accession, "source.files": self.source.files or None,
             "gene_ids": None if self.gene_ids == "unknown" else self.gene_ids,
         }  # fmt: skip
         found = whole | {f"ingest.{k}": v for k, v in labels.items()} | {f"expected.{k}": v for k, v in sizes.items()}
@@ -173,34 +176,53 @@ class Corpus:
         )
 
     def only(self, names: Sequence[str]) -> "Corpus":
-        """The same corpus with some of its datasets, in its order, and the curation of those; of a part no size is expected."""
+        """The same corpus with some of its datasets, in its order, and the curation of those; of a part no size is expected.
+
+        Raises
+        ------
+        ValueError
+            If it has no such dataset, or its curation takes none of them.
+        """
         for name in names:
             self.dataset(name)
         kept = tuple(dataset for dataset in self.datasets if dataset.name in names)
+        without = {dataset.name for dataset in self.datasets} - {dataset.name for dataset in kept}
         expected = self.expected if kept == self.datasets else Expected()
-        return replace(
-            self, datasets=kept, curation=restricted(self.curation, [d.name for d in kept]), expected=expected
-        )
+        return replace(self, datasets=kept, curation=restricted(self.curation, without), expected=expected)
 
     def with_curation(self, curation: Recipe) -> "Corpus":
-        """The same corpus with other rules; ValueError if one names a dataset that the corpus has not got."""
+        """The same corpus with other rules; ValueError if they, or one of them, name a dataset that the corpus has not got."""
         if not self.is_census:
-            for name in [name for rule in curation.rules for name in rule.datasets or ()]:
+            named = [*(curation.datasets or ()), *(name for rule in curation.rules for name in rule.datasets or ())]
+            for name in named:
                 self.dataset(name)
         return replace(self, curation=curation)
 
+    def taken(self) -> "Corpus":
+        """The corpus without the datasets that its curation does not take; the Census' are known only once it is read."""
+        return self if self.curation.datasets is None or self.is_census else self.only(self.curation.datasets)
 
-def restricted(curation: Recipe, names: Sequence[str]) -> Recipe:
-    """The rules that are left of a curation when only some datasets are there: a rule for none of them falls away."""
-    rules = []
-    for rule in curation.rules:
-        if rule.datasets is None:
-            rules.append(rule)
-            continue
-        left = tuple(name for name in rule.datasets if name in names)
-        if left:
-            rules.append(replace(rule, datasets=left))
-    return replace(curation, rules=tuple(rules))
+
+def restricted(curation: Recipe, without: Collection[str]) -> Recipe:
+    """What is left of a curation when some datasets are not there: a rule for none but those falls away.
+
+    Raises
+    ------
+    ValueError
+        If it takes none but those.
+    """
+    left = _left(curation.datasets, without)
+    if left == ():
+        raise ValueError(
+            f"the curation takes the datasets {', '.join(curation.datasets or ())} alone, and none of them is among those asked "
+            "for; ask for one of them, or change datasets in the recipe"
+        )
+    rules = [replace(rule, datasets=_left(rule.datasets, without)) for rule in curation.rules]
+    return replace(curation, datasets=left, rules=tuple(rule for rule in rules if rule.datasets != ()))
+
+
+def _left(names: tuple[str, ...] | None, without: Collection[str]) -> tuple[str, ...] | None:
+    return None if names is None else tuple(name for name in names if name not in without)
 
 
 def corpus_names() -> list[str]:
@@ -214,99 +236,87 @@ def read_corpus(name: str | Path) -> Corpus:
     Raises
     ------
     FileNotFoundError
-        If there is neither; the near names are given.
+        If there is neither; the near names are given, and the folder that was looked in.
     ValueError, TypeError
         If it is no corpus: an unknown key, a missing one, or a value it cannot have.
     """
-    return parse_corpus(_read_tree(_path_of(name)), str(name))
+    path = _path_of(name)
+    tree = _load(path)
+    return _variant(tree, path) if "base" in tree else parse_corpus(tree, str(path))
 
 
-def _path_of(name: str | Path, beside: Path = FOLDER) -> Path:
+def _path_of(name: str | Path, beside: Path | None = None) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
-    for folder in (beside, FOLDER):
+    for folder in (FOLDER if beside is None else beside, FOLDER):
         if (found := folder / f"{name}.yaml").is_file():
             return found
     known = corpus_names()
-    raise FileNotFoundError(f"{name}: no such corpus; {did_you_mean(str(name), known)} Or give the path of a YAML file")
-
-
-def _read_tree(path: Path) -> dict[str, Any]:
-    """A file as a tree; that of a variant with its base applied."""
-    tree = _load(path)
-    if "base" not in tree:
-        return tree
-    _known(tree, _VARIANT, str(path))
-    base = _load(_path_of(str(tree["base"]), path.parent))
-    if "base" in base:
-        raise ValueError(
-            f"{path}: its base {tree['base']!r} is a variant itself; name the corpus that it is a variant of"
-        )
-    return _varied(base, tree, str(path))
+    near = (
+        f"; {did_you_mean(str(name), known)}"
+        if known
+        else ", which holds none: an installed package brings no corpora."
+    )
+    raise FileNotFoundError(f"{name}: no such corpus in {FOLDER}{near} Or give the path of a YAML file")
 
 
 def _load(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise TypeError(f"{path}: expected a corpus with keys such as name and datasets, got {type(tree).__name__}")
     return tree
 
 
-def _varied(base: dict[str, Any], change: dict[str, Any], where: str) -> dict[str, Any]:
+def _variant(change: dict[str, Any], path: Path) -> Corpus:
     """A base with the changes of a variant: fewer datasets, other rules, other expectations."""
-    names = [dataset["name"] for dataset in base["datasets"]]
-    kept, dropped = change.get("keep_datasets"), change.get("drop_datasets", [])
-    for name in [*(kept or []), *dropped]:
+    where = str(path)
+    check_known(change, _VARIANT, where)
+    base_path = _path_of(text(change, "base", where), path.parent)
+    tree = _load(base_path)
+    if "base" in tree:
+        raise ValueError(
+            f"{where}: its base {change['base']!r} is a variant itself; name the corpus that it is a variant of"
+        )
+    names = [dataset.name for dataset in parse_corpus(tree, str(base_path)).datasets]
+    kept = texts(change, "keep_datasets", where) if "keep_datasets" in change else tuple(names)
+    dropped = texts(change, "drop_datasets", where)
+    for name in (*kept, *dropped):
         if name not in names:
-            raise ValueError(f"{where}: its base has no dataset {name!r}; {did_you_mean(str(name), names)}")
-    datasets = [d for d in base["datasets"] if (kept is None or d["name"] in kept) and d["name"] not in dropped]
-    sizes = change.get("expected_datasets", {})
+            raise ValueError(f"{where}: its base has no dataset {name!r}; {did_you_mean(name, names)}")
+    left = [name for name in names if name in kept and name not in dropped]
+    if not left:
+        raise ValueError(f"{where}: leaves no dataset of its base; keep at least one")
+    sizes = mapping(change, "expected_datasets", where)
     for name in sizes:
-        if name not in [d["name"] for d in datasets]:
-            raise ValueError(f"{where}: expected_datasets names {name!r}; {did_you_mean(name, names)}")
-    datasets = [
-        d | {"expected": d.get("expected", {}) | sizes[d["name"]]} if d["name"] in sizes else d for d in datasets
-    ]
-    rules = _replaced(base["curation"]["rules"], change.get("replace_rules", {}), where)
-    rules = _of_datasets(rules, [d["name"] for d in datasets])
-    out = base | {key: change[key] for key in _WHOLE if key in change}
-    out |= {
-        "datasets": datasets,
-        "curation": base["curation"] | {"rules": rules},
-        "expected": change.get("expected", {}),
-    }
-    return out | {"shard": base.get("shard", {}) | change.get("shard", {})}
+        if name not in left:
+            raise ValueError(f"{where}: expected_datasets names {name!r}; {did_you_mean(name, left)}")
+        stated = mapping(sizes, name, f"{where}: expected_datasets")
+        entry = tree["datasets"][names.index(name)]
+        tree["datasets"][names.index(name)] = entry | {"expected": entry.get("expected", {}) | stated}
+    rules = _replaced(tree["curation"]["rules"], mapping(change, "replace_rules", where), where)
+    tree |= {key: change[key] for key in _WHOLE if key in change} | {
+        "curation": tree["curation"] | {"rules": rules}, "expected": change.get("expected", {}),
+        "shard": tree.get("shard", {}) | mapping(change, "shard", where),
+    }  # fmt: skip
+    corpus = parse_corpus(tree, where)
+    return replace(corpus.only(left), expected=corpus.expected)
 
 
-def _replaced(
-    rules: list[dict[str, Any]], changes: Mapping[str, list[dict[str, Any]]], where: str
-) -> list[dict[str, Any]]:
+def _replaced(rules: list[dict[str, Any]], changes: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """Rules with those of some names replaced by others, or by none; a name must stand for one rule."""
-    named = [str(rule.get("rule")) for rule in rules]
-    for name in changes:
+    named = [str(rule["rule"]) for rule in rules]
+    for name, new in changes.items():
         if named.count(name) != 1:
             raise ValueError(
                 f"{where}: replace_rules names {name!r}, which occurs {named.count(name)} times among the rules of its base, "
                 f"expected once; {did_you_mean(name, named)}"
             )
-    return [new for rule in rules for new in changes.get(str(rule.get("rule")), [rule])]
-
-
-def _of_datasets(rules: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rules as a file gives them, without what names other datasets; see `restricted`."""
-    out = []
-    for rule in rules:
-        named = rule.get("datasets")
-        left = None if named is None else [name for name in named if name in names]
-        if left is None or left:
-            out.append(rule if left is None else rule | {"datasets": left})
-    return out
+        if not isinstance(new, list):
+            raise TypeError(
+                f"{where}: replace_rules.{name} must be a list of rules, such as [] to remove it, got {new!r}"
+            )
+    return [new for rule in rules for new in changes.get(str(rule["rule"]), [rule])]
 
 
 def parse_corpus(tree: Mapping[str, Any], where: str) -> Corpus:
@@ -319,7 +329,7 @@ def parse_corpus(tree: Mapping[str, Any], where: str) -> Corpus:
     ValueError, TypeError
         On an unknown or missing key, a value that it cannot have, or two datasets of one name.
     """
-    _known(tree, _WHOLE, where)
+    check_known(tree, _WHOLE, where)
     for key in ("name", "title", "datasets", "curation"):
         if key not in tree:
             raise ValueError(f"{where}: {key} is missing; a corpus has name, title, datasets and curation")
@@ -327,46 +337,45 @@ def parse_corpus(tree: Mapping[str, Any], where: str) -> Corpus:
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"{where}: datasets must be a list of at least one dataset")
     datasets = tuple(_dataset(entry, f"{where}: dataset {at}") for at, entry in enumerate(listed, start=1))
-    names = [dataset.name for dataset in datasets]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{where}: two datasets are named {name!r}; give each a name of its own")
-    curation = parse_recipe(tree["curation"], f"{where}: curation")
-    has_census = any(dataset.kind == CENSUS for dataset in datasets)
-    for rule in curation.rules:
-        strange = [name for name in rule.datasets or () if name not in names and not has_census]
+    _check_names(datasets, where)
+    corpus = Corpus(
+        name=text(tree, "name", where), title=text(tree, "title", where), description=text(tree, "description", where),
+        citation=text(tree, "citation", where), datasets=datasets,
+        curation=parse_recipe(tree["curation"], f"{where}: curation"), shard=mapping(tree, "shard", where),
+        expected=from_tree(Expected, mapping(tree, "expected", where), f"{where}: expected"),
+        epochs=whole_number(tree, "epochs", where), notes=texts(tree, "notes", where),
+    )  # fmt: skip
+    for rule in corpus.curation.rules:
+        names = [dataset.name for dataset in datasets]
+        strange = [name for name in rule.datasets or () if name not in names and not corpus.is_census]
         if strange:
             raise ValueError(
                 f"{where}: rule {rule.name} names dataset {strange[0]!r}; {did_you_mean(strange[0], names)}"
             )
-    rest = {key: tree[key] for key in ("name", "title", "epochs") if key in tree}
-    return Corpus(
-        **rest, description=_text(tree, "description", where), citation=_text(tree, "citation", where), datasets=datasets,
-        curation=curation, shard=_mapping(tree, "shard", where),
-        expected=from_tree(Expected, _mapping(tree, "expected", where), f"{where}: expected"),
-        notes=tuple(str(note) for note in tree.get("notes", ())),
-    )  # fmt: skip
+    return corpus
+
+
+def _check_names(datasets: Sequence["CorpusDataset"], where: str) -> None:
+    names = [dataset.name for dataset in datasets]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{where}: two datasets are named {name!r}; give each a name of its own")
+    if [dataset.kind for dataset in datasets].count(CENSUS) > 1:
+        raise ValueError(
+            f"{where}: two datasets are of kind {CENSUS}, whose datasets could not be told apart; keep one"
+        )
 
 
 def _dataset(tree: Any, where: str) -> CorpusDataset:
     if not isinstance(tree, Mapping):
         raise TypeError(f"{where}: expected a mapping with name, title and ingest, got {tree!r}")
-    _known(tree, (*_Plain.__dataclass_fields__, "ingest"), where)
-    ingest = _mapping(tree, "ingest", where)
-    for key in ("kind", *(() if ingest.get("kind") == CENSUS else ("path", "values"))):
-        if key not in ingest:
-            raise ValueError(f"{where}: ingest has no {key}; it is an entry as txfm ingest list takes it")
-    if ingest["kind"] not in KINDS:
-        raise ValueError(f"{where}: there is no kind {ingest['kind']!r}; {did_you_mean(str(ingest['kind']), KINDS)}")
-    for key, value in ingest.items():
-        if not isinstance(value, str | int | float | bool | list | None):
-            raise TypeError(f"{where}: ingest.{key} is the {type(value).__name__} {value}; put text in quotes")
-    if "dataset" in ingest:
-        raise ValueError(f"{where}: ingest names the dataset {ingest['dataset']!r}; leave it out, the name is above it")
-    for key in PATH_OPTIONS:
-        if ingest.get(key) is not None:
-            _check_relative(ingest[key], f"{where}: ingest.{key}")
-    plain = from_tree(_Plain, {key: value for key, value in tree.items() if key != "ingest"}, where)
+    check_known(tree, (*_Plain.__dataclass_fields__, "ingest"), where)
+    ingest = mapping(tree, "ingest", where)
+    check_entry(ingest, where)
+    try:
+        plain = from_tree(_Plain, {key: value for key, value in tree.items() if key != "ingest"}, where)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
     values = {name: getattr(plain, name) for name in _Plain.__dataclass_fields__}
     dataset = CorpusDataset(ingest=ingest, **values)
     facts = {*dataset.facts(), *_FACTS}
@@ -391,37 +400,8 @@ class _Plain:
 
 
 _FACTS = (
-    "source.accession", "source.files", "gene_ids", "expected.samples", "expected.genes", "expected.source_samples",
+    "source.accession", "source.files", "source.bytes", "gene_ids", "expected.samples", "expected.genes", "expected.source_samples",
     "expected.source_genes", "ingest.batch", "ingest.perturbation", "ingest.control", "ingest.cell_type", "ingest.version",
     "ingest.obs_filter",
 )  # fmt: skip
 """Fields that may be spoken of even where they are empty."""
-
-
-def _mapping(tree: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    found = tree.get(key, {})
-    if not isinstance(found, Mapping):
-        raise TypeError(f"{where}: {key} must hold keys and values, got {found!r}")
-    return dict(found)
-
-
-def _text(tree: Mapping[str, Any], key: str, where: str) -> str:
-    found = tree.get(key, "")
-    if not isinstance(found, str):
-        raise TypeError(f"{where}: {key} must be text, got {found!r}")
-    return " ".join(found.split())
-
-
-def _known(tree: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
-    for key in tree:
-        if key not in keys:
-            raise ValueError(f"{where}: unknown key {key!r}; {did_you_mean(str(key), keys)}")
-
-
-def _check_relative(path: Any, what: str) -> None:
-    """Refuse a path that would leave the folder of sources: a corpus file may come from somebody else."""
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"{what}: expected a path below the folder of sources, got {path!r}")
-    parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts:
-        raise ValueError(f"{what}: {path!r} must lie below the folder of sources: neither absolute nor with ..")

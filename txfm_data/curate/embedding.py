@@ -52,7 +52,7 @@ def check_embedding(spec: "EmbeddingSpec", store: Store, records: tuple[DatasetR
             for record in records:
                 file.check(store, record, np.arange(record.obs_start, record.obs_stop), all_of_them=False)
     elif spec.path is not None:
-        _check_checkpoint(spec.path)
+        check_checkpoint(spec.path)
 
 
 def make_embedding(spec: "EmbeddingSpec", state: "State", record: DatasetRecord, context: "Context") -> Path:
@@ -152,7 +152,7 @@ def _from_columns(prefix: str, store: Store, record: DatasetRecord, rows: np.nda
             file.put(at, np.stack(values, axis=1))
 
 
-def _check_checkpoint(path: str) -> None:
+def check_checkpoint(path: str) -> None:
     """Refuse a folder that is no checkpoint; what may be the name of a model on the hub is left to who opens it."""
     folder = Path(path).expanduser()
     may_be_id = path.count("/") == 1 and not path.startswith((".", "~", "/")) and not folder.parent.is_dir()

@@ -361,8 +361,15 @@ def _source_type(kind: str) -> type[Any]:
 
 
 SOURCE_KINDS = ("h5ad", "10x", "gct", "star", "table")
-_BULK = ("gct", "star", "table")
+BULK_KINDS = ("gct", "star", "table")
+"""Those that hold bulk profiles unless somebody says otherwise."""
 _OPTIONS = tuple(field.name for field in fields(IngestOptions))
+
+
+def source_options(kind: str) -> dict[str, inspect.Parameter]:
+    """Options of one kind of source besides its path and the fields of `IngestOptions`; ValueError if there is no such kind."""
+    parameters = list(inspect.signature(_source_type(kind)).parameters.items())[1:]
+    return {name: parameter for name, parameter in parameters if not name.startswith(("_", "spool"))}
 
 
 def many(
@@ -418,14 +425,13 @@ def _job(entry: dict[str, Any], at: int, common: dict[str, Any], opened: ExitSta
     if missing:
         raise ValueError(f"source {at + 1} of the list has no {missing[0]!r}; each needs a kind, a dataset and a path")
     kind, dataset, path = str(entry.pop("kind")), str(entry.pop("dataset")), entry.pop("path")
-    chosen = _source_type(kind)
-    known = [name for name in list(inspect.signature(chosen).parameters)[1:] if not name.startswith(("_", "spool"))]
+    known = source_options(kind)
     wrong = [name for name in entry if name not in known and name not in _OPTIONS]
     if wrong:
         raise ValueError(
             f"source {dataset!r} of the list: no option {wrong[0]!r}; {did_you_mean(wrong[0], (*known, *_OPTIONS))}"
         )
     given = {name: entry.pop(name) for name in list(entry) if name in known}
-    defaults = {"modality": "bulk"} if kind in _BULK else {}
-    source = opened.enter_context(chosen(join(path), **given))
+    defaults = {"modality": "bulk"} if kind in BULK_KINDS else {}
+    source = opened.enter_context(_source_type(kind)(join(path), **given))
     return Job(source=source, dataset=dataset, options=IngestOptions(**defaults | common | entry))

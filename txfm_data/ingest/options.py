@@ -9,6 +9,7 @@ from txfm_data.parallel import Workers
 from txfm_data.store.protocol import Values
 
 EmptySamples = Literal["error", "drop"]
+OtherOrganisms = Literal["error", "drop"]
 Modality = Literal["sc", "bulk"]
 BackendName = Literal["soma", "zarr"]
 
@@ -33,6 +34,8 @@ class IngestOptions:
     obs_columns : labels to keep besides; all if None.
     gene_map : table of symbols and Ensembl ids; by default the store's own genes.
     min_matched : least fraction of columns that must become genes.
+    other_organisms : whether genes of other organisms than the store's are refused, or left out; their counts stay in the library
+        size, as those of columns that are no genes do.
     backend : of a store that this ingest makes.
     workers : where blocks are worked on, and the memory that all of it may use.
     """
@@ -51,6 +54,7 @@ class IngestOptions:
     min_matched: float = 0.5
     duplicates: Duplicates = "error"
     empty_samples: EmptySamples = "error"
+    other_organisms: OtherOrganisms = "error"
     backend: BackendName = "soma"
     workers: Workers = field(default_factory=Workers)
 

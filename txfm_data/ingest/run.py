@@ -16,7 +16,7 @@ from txfm_data.gene_map import read_gene_map
 from txfm_data.gene_matching import Genes, match_genes
 from txfm_data.ingest.blocks import Block, BlockResult, BlockWork
 from txfm_data.ingest.labels import Labels, Sums, check_control, obs_column, plan_labels
-from txfm_data.ingest.options import IngestOptions
+from txfm_data.ingest.options import IngestOptions, OtherOrganisms
 from txfm_data.parallel import Pool, pool
 from txfm_data.progress import Progress, ignore
 from txfm_data.sources.protocol import Source
@@ -72,6 +72,7 @@ class _Prepared:
     labels: Labels
     cuts: list[tuple[int, int]]
     keep: np.ndarray
+    n_others: int
 
     def new_dataset(self) -> NewDataset:
         options = self.job.options
@@ -99,6 +100,7 @@ class _Prepared:
             "n_obs": record.n_obs,
             "n_dropped_empty": int((~self.keep).sum()),
             "genes_matched": int((self.genes.column_gene >= 0).sum()),
+            "genes_of_other_organisms": self.n_others,
             "genes_in_file": len(self.genes.column_gene),
             "n_panel": record.n_panel,
             "nnz": record.nnz,
@@ -135,7 +137,8 @@ def ingest_sources(
     Returns
     -------
     list of dict
-        For each job: dataset, n_obs, n_dropped_empty, genes_matched, genes_in_file, n_panel, nnz, total.
+        For each job: dataset, n_obs, n_dropped_empty, genes_matched, genes_of_other_organisms (columns left
+        out), genes_in_file, n_panel, nnz, total.
 
     Raises
     ------
@@ -179,13 +182,15 @@ def _prepare(jobs: Sequence[Job], store: str, workers: Pool, steps: "_Steps") ->
     for job in jobs:
         content = job.source.content_sha256()
         _check_distinct(job, content, prepared)
-        genes, labels = _match(job, found, schema, content=content)
+        genes, labels, n_others = _match(job, found, schema, content=content)
         _check_no_new_labels(store, found, schema, labels.schema)
         schema = labels.schema
         cuts = job.source.cuts(job.options.block_bytes())
         check_control(job.source, job.options, cuts)
         prepared.append(
-            _Prepared(job, content, genes, labels, cuts, _kept_rows(job, content, genes, cuts, workers, steps))
+            _Prepared(
+                job, content, genes, labels, cuts, _kept_rows(job, content, genes, cuts, workers, steps), n_others
+            )
         )
     for part in prepared:
         part.labels = replace(part.labels, schema=schema)
@@ -236,8 +241,13 @@ class _Steps:
         self._progress(self._done, self._total)
 
 
-def _match(job: Job, store: Store | None, schema: pa.Schema, *, content: str | None = None) -> tuple[Genes, Labels]:
-    """Match the genes and choose the labels of a source, reading no counts; refuse what the store would refuse."""
+def _match(
+    job: Job, store: Store | None, schema: pa.Schema, *, content: str | None = None
+) -> tuple[Genes, Labels, int]:
+    """Match the genes and choose the labels of a source, reading no counts; refuse what the store would refuse.
+
+    The number is that of the columns that are genes of other organisms and are left out.
+    """
     source, options = job.source, job.options
     _check_name(job.dataset)
     if store is not None:
@@ -247,8 +257,8 @@ def _match(job: Job, store: Store | None, schema: pa.Schema, *, content: str | N
         source.gene_ids, source.symbols, where=source.where, duplicates=options.duplicates,
         min_matched=options.min_matched, gene_map=gene_map, hint=source.gene_hint(),
     )  # fmt: skip
-    _check_organism(source, genes)
-    return genes, plan_labels(source, options, job.dataset, schema, derived=job.derived)
+    genes, n_others = _of_the_organism(source, genes, options.other_organisms)
+    return genes, plan_labels(source, options, job.dataset, schema, derived=job.derived), n_others
 
 
 def _open(store: str) -> tuple[Store | None, pa.Schema]:
@@ -265,7 +275,7 @@ def check(job: Job, store: str) -> None:
 def describe(job: Job, store: str) -> dict[str, Any]:
     """What an ingest would read, write and need, from its first block alone."""
     source, dataset, options = job.source, job.dataset, job.options
-    genes, labels = _match(job, *_open(store))
+    genes, labels, n_others = _match(job, *_open(store))
     cuts = source.cuts(options.block_bytes())
     first = source.read(*source.cuts(1024**2)[0]) if cuts else sp.csr_matrix((0, len(source.gene_ids)))
     nnz = int(first.nnz / max(1, first.shape[0]) * source.n_obs)
@@ -276,6 +286,7 @@ def describe(job: Job, store: str) -> dict[str, Any]:
         "store": str(store),
         "n_obs": source.n_obs,
         "genes_matched": int((genes.column_gene >= 0).sum()),
+        "genes_of_other_organisms": n_others,
         "genes_in_file": len(genes.column_gene),
         "n_panel": len(genes.gene_ids),
         "nnz_estimated": nnz,
@@ -301,13 +312,25 @@ def _symbols_of(store: Store | None) -> dict[str, str]:
     return {symbol: vocabulary.gene_ids[row] for symbol, row in zip(known, rows, strict=True) if row >= 0}
 
 
-def _check_organism(source: Source, genes: Genes) -> None:
-    others = [gene for gene in genes.gene_ids if organism_of(gene) != opening.ORGANISM]
-    if others:
-        raise ValueError(
-            f"{source.where}: {len(others)} of {len(genes.gene_ids)} genes are of another organism (for example {others[0]}: "
-            f"{organism_of(others[0])}), and a store holds {opening.ORGANISM} alone; leave these columns out of the source"
-        )
+def _of_the_organism(source: Source, genes: Genes, others: OtherOrganisms) -> tuple[Genes, int]:
+    """The genes of the store's organism, and how many columns of others were left out, as no genes are; or those are refused."""
+    is_ours = np.array([organism_of(gene) == opening.ORGANISM for gene in genes.gene_ids], bool)
+    if is_ours.all():
+        return genes, 0
+    first = genes.gene_ids[int(np.argmin(is_ours))]
+    told = (
+        f"{source.where}: {int((~is_ours).sum())} of {len(is_ours)} genes are of another organism (for example {first}: "
+        f"{organism_of(first)}), and a store holds {opening.ORGANISM} alone; "
+    )
+    if others == "error":
+        raise ValueError(f"{told}leave these columns out of the source, or pass --other-organisms drop")
+    if not is_ours.any():
+        raise ValueError(f"{told}no gene would be left to ingest")
+    place = np.where(is_ours, np.cumsum(is_ours) - 1, -1)
+    ids, symbols = (tuple(np.array(names, object)[is_ours]) for names in (genes.gene_ids, genes.symbols))
+    columns = np.where(genes.column_gene >= 0, place[genes.column_gene], -1)
+    lost = int(((genes.column_gene >= 0) & (columns < 0)).sum())
+    return replace(genes, gene_ids=ids, symbols=symbols, column_gene=columns), lost
 
 
 def _blocks(cuts: list[tuple[int, int]], keep: np.ndarray, first_row: int) -> Iterator[Block]:

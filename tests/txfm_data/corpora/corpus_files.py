@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from txfm_data.corpora.build import BuildOptions, Steps, buildable, ingest_corpus, select_corpus
+from txfm_data.corpora.build import BuildOptions, buildable, check_build, ingest_corpus, select_corpus
 from txfm_data.corpora.recipe import Corpus, read_corpus
+from txfm_data.corpora.steps import Steps
 from txfm_data.curate.run import CurateOptions
 from txfm_data.progress import ignore
 from txfm_data.simulate.formats import write_small_sources
@@ -75,12 +76,19 @@ def write_sources(folder: Path, corpus: Corpus) -> Path:
 
 
 def build(
-    path: Path, sources: Path, out: Path, said: list[str] | None = None, **options: Any
+    path: Path,
+    sources: Path | None,
+    out: Path,
+    said: list[str] | None = None,
+    change: Callable[[Corpus], Corpus] = lambda corpus: corpus,
+    **options: Any,
 ) -> tuple[Corpus, list[str], bool]:
     """Ingest and curate; the corpus that was built, what was left out, and whether the selection was made now."""
     building = BuildOptions(sources=sources, out=out, **options)
     say = (said if said is not None else []).append
-    corpus, without, _ = buildable(read_corpus(path), building, ignore)
+    corpus = change(read_corpus(path)).taken()
+    check_build(corpus, building)
+    corpus, without, other = buildable(corpus, building, ignore)
     steps = Steps(out, corpus.name)
-    ingest_corpus(corpus, building, steps, progress=lambda label: ignore, say=say)
-    return corpus, without, select_corpus(corpus, building, steps, CurateOptions(say=say))
+    names = ingest_corpus(corpus, building, steps, other=other, progress=lambda label: ignore, say=say)
+    return corpus, without, select_corpus(corpus, names, building, steps, CurateOptions(say=say))

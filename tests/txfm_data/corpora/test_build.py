@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
 
 from tests.txfm_data.corpora.corpus_files import NAMES, build, write_corpus, write_sources
-from txfm_data.corpora.build import Steps, contents
+from txfm_data.corpora.build import BuildOptions, check_build
 from txfm_data.corpora.recipe import read_corpus
 from txfm_data.corpora.report import compare, report_text
+from txfm_data.corpora.steps import Steps
+from txfm_data.curate.recipe import parse_recipe
+from txfm_data.parallel import Workers
 from txfm_data.selection import read_selection
 from txfm_data.store.opening import open_store
 
@@ -166,7 +170,7 @@ def test_the_report_tells_every_difference(made):
     assert (report["n_as_expected"], report["n_differ"], report["n_not_built"], report["n_unstated"]) == (1, 1, 0, 1)
     text = report_text(report)
     assert "-30" in text and "-836" in text and "80 x 42 in the store, 80 x - stated of the source" in text
-    assert "not verified of cells: expected.samples" in text
+    assert "not shown of cells: expected.samples" in text
 
 
 @pytest.mark.parametrize(
@@ -179,18 +183,149 @@ def test_a_rounded_number_is_met_within_its_rounding(stated, within, verdict, ma
     assert report["datasets"][0]["verdict"] == verdict
 
 
-def test_a_checkpoint_is_known_by_its_weights(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
-    assert contents(str(tmp_path / "a")) == contents(str(tmp_path / "b")) != contents("hub/name") == "hub/name"
-    (tmp_path / "b" / "model.safetensors").write_bytes(b"others")
-    assert contents(str(tmp_path / "a")) != contents(str(tmp_path / "b"))
+def built(folder):
+    """Datasets and samples of the selection of a build."""
+    chosen = read_selection(folder / "out" / "selection", open_store(folder / "out" / "store.soma"))
+    return [r.name for r in chosen.records], len(chosen.sample_id)
 
 
-def test_what_a_killed_rebuild_left_is_removed(again):
-    os.rename(again / "out" / "selection", again / "out" / ".selection.old")
-    assert build(again / "small.yaml", again / "sources", again / "out")[2]
-    assert (
-        not (again / "out" / ".selection.old").exists() and (again / "out" / "selection" / "selection.json").is_file()
-    )
+def with_rules(*rules, **more):
+    """Changes the curation of a corpus."""
+    return lambda corpus: corpus.with_curation(parse_recipe({"rules": list(rules), **more}, "r"))
+
+
+def call(folder, change, **options):
+    """Build the small corpus, changed."""
+    return build(folder / "small.yaml", folder / "sources", folder / "out", change=change, **options)
+
+
+def test_the_datasets_asked_for_belong_to_what_a_selection_was_made_from(again):
+    part = lambda corpus: corpus.only(["cells", "tissues"])  # noqa: E731
+    with pytest.raises(FileExistsError, match=r"made from something else \(other datasets\); pass --rebuild"):
+        call(again, part)
+    assert built(again) == (["screen", "tissues", "cells"], 164)
+    assert call(again, part, rebuild=True)[2] and built(again) == (["tissues", "cells"], 84)
+    with pytest.raises(FileExistsError, match=r"made from something else \(other datasets\); pass --rebuild"):
+        call(again, lambda corpus: corpus)
+    assert call(again, lambda corpus: corpus, rebuild=True)[2] and built(again)[1] == 164
+
+
+def test_files_of_genes_are_compared_by_what_they_hold(again):
+    store, genes = open_store(again / "out" / "store.soma"), again / "genes.txt"
+    genes.write_text("\n".join(store.vocabulary.gene_ids[:50]))
+    change = with_rules({"rule": "genes", "keep": str(genes)})
+    assert call(again, change, rebuild=True)[2] and not call(again, change)[2]
+    genes.write_text("\n".join(store.vocabulary.gene_ids[:30]))
+    with pytest.raises(FileExistsError, match=r"made from something else \(other rules\)"):
+        call(again, change)
+    assert call(again, change, rebuild=True)[2]
+    os.rename(genes, again / "moved.txt")
+    moved = with_rules({"rule": "genes", "keep": str(again / "moved.txt")})
+    assert not call(again, moved)[2], "the same genes at another place"
+    with pytest.raises(FileNotFoundError, match=r"rule 1 \(genes\): .*genes.txt: no such file"):
+        call(again, change)
+
+
+def test_datasets_of_a_curation_are_taken_and_no_others(again):
+    rule = {"rule": "hold_out", "share": 0.2}
+    corpus, _, is_new = call(again, with_rules(rule, datasets=["tissues"]), rebuild=True)
+    assert is_new and [d.name for d in corpus.datasets] == ["tissues"] and built(again) == (["tissues"], 24)
+    with pytest.raises(ValueError, match="takes the datasets tissues alone, and none of them"):
+        call(again, lambda corpus: with_rules(rule, datasets=["tissues"])(corpus).only(["cells"]))
+
+
+FAILS = {
+    "near it": {"rule": "keep", "column": "batch", "values": ["nowhere"]},  # found before anything is put aside
+    "no sample is left": {"rule": "filter", "where": "nnz < 0"},  # found on the way
+}
+
+
+@pytest.mark.parametrize("problem", FAILS)
+def test_a_rebuild_that_fails_leaves_the_old_selection(problem, again):
+    before = {k: v for k, v in stamp(again / "out").items() if k.startswith("selection/")}
+    with pytest.raises(ValueError, match=problem):
+        call(again, with_rules(FAILS[problem]), rebuild=True)
+    after = {k: v for k, v in stamp(again / "out").items() if k.startswith("selection/")}
+    assert after == before and not (again / "out" / ".selection.old").exists()
+    assert not call(again, lambda corpus: corpus)[2], "and it is known what it was made from"
+
+
+def test_the_old_selection_of_a_killed_rebuild_comes_back_when_it_is_asked_for(again):
+    steps = Steps(again / "out", "small")
+    with steps.making("selection", {"rules": []}, again / "out" / "selection", "selection.json"):
+        assert (again / "out" / ".selection.old" / "selection.json").is_file()
+        shutil.copytree(again / "out", again / "killed")
+        os.rename(again / "out" / ".selection.old", again / "out" / "selection")
+    shutil.rmtree(again / "out")
+    shutil.copytree(again / "killed", again / "out")
+    assert not call(again, lambda corpus: corpus)[2] and built(again)[1] == 164
+    assert not (again / "out" / ".selection.old").exists()
+    shutil.rmtree(again / "out")
+    shutil.copytree(again / "killed", again / "out")
+    assert call(again, with_rules({"rule": "cap", "max_samples": 20}))[2] and built(again)[1] == 60
+    assert not (again / "out" / ".selection.old").exists(), "the new one is there"
+
+
+def test_what_needs_no_data_is_checked_before_any_is_read(made, tmp_path):
+    corpus = read_corpus(made / "small.yaml")
+    options = BuildOptions(sources=made / "sources", out=tmp_path / "out")
+    check_build(corpus, options)
+    with pytest.raises(ValueError, match=r"--memory-budget 64MiB is too small"):
+        check_build(corpus, BuildOptions(sources=made, out=tmp_path / "out", workers=Workers(memory=2**26)))
+    with pytest.raises(
+        ValueError, match=re.escape("read from files (a/screen.h5ad, cells.csv, cells_labels.tsv, …); name")
+    ):
+        check_build(corpus, BuildOptions(sources=None, out=tmp_path / "out"))
+    (tmp_path / "model").mkdir()
+    for path, problem in (("model", "is no checkpoint, it lacks config.json"), ("none", "no checkpoint at")):
+        embedding = {"kind": "checkpoint", "path": str(tmp_path / path)}
+        rules = with_rules({"rule": "cap", "max_samples": 9}, {"rule": "phenoprints", "embedding": embedding})
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"rule 2 \(phenoprints\): embedding: .*{problem}"):
+            check_build(rules(corpus), options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_file_is_told_of_as_long_as_the_dataset_was_ingested_from_it(made, tmp_path):
+    stated = lambda tree: tree["datasets"][0]["source"]["files"][0].update(bytes=5)  # noqa: E731
+    path, out = write_corpus(tmp_path, stated), tmp_path / "out"
+    shutil.copytree(made / "sources", tmp_path / "sources")
+    file = tmp_path / "sources" / "a" / "screen.h5ad"
+    right = file.read_bytes()
+    file.write_bytes(right[:1000])
+    with pytest.raises((ValueError, OSError)):  # no h5ad, so nothing is ingested from it
+        build(path, tmp_path / "sources", out, accept_other_files=True)
+    assert Steps(out, "small").other_files(["screen"]) == [f"{file} has 1,000 bytes, expected 5"]
+    file.write_bytes(right)
+    write_corpus(tmp_path, lambda tree: tree["datasets"][0]["source"]["files"][0].update(bytes=len(right)))
+    build(path, tmp_path / "sources", out)
+    assert Steps(out, "small").other_files(["screen", "cells"]) == []
+    write_corpus(tmp_path, stated)
+    shutil.copytree(made / "sources", tmp_path / "more")
+    build(path, tmp_path / "more", tmp_path / "second", accept_other_files=True)
+    shutil.rmtree(tmp_path / "more")
+    build(path, tmp_path / "more", tmp_path / "second")
+    (told,) = Steps(tmp_path / "second", "small").other_files(["screen"])
+    assert told.endswith("expected 5") and Steps(tmp_path / "second", "small").other_files(["cells"]) == []
+
+
+def test_train_and_held_out_samples_are_told_and_much_is_warned_of(made):
+    corpus = read_corpus(made / "small.yaml")
+    places = (made / "out" / "store.soma", made / "out" / "selection")
+    report = compare(corpus, *places, built=list(NAMES))
+    chosen = read_selection(places[1], open_store(places[0]))
+    for row in report["datasets"]:
+        (record,) = (r for r in chosen.records if r.name == row["name"])
+        held = chosen.is_val[(chosen.sample_id >= record.obs_start) & (chosen.sample_id < record.obs_stop)]
+        assert (row["train"], row["val"]) == (int((~held).sum()), int(held.sum()))
+    assert report["whole"]["val"] == int(chosen.is_val.sum()) > 0
+    report = compare(corpus, *places, built=list(NAMES), n_val={"screen": 40, "cells": 18, "tissues": 0})
+    assert report["warnings"] == ["screen: 50% of its samples are held out: it has few experimental batches"]
+    assert "WARNING: screen: 50%" in report_text(report)
+
+
+def test_a_number_of_train_samples_is_compared_with_those(made, tmp_path):
+    path = write_corpus(tmp_path, lambda tree: tree["datasets"][0].update(expected={"samples": 72, "of": "train"}))
+    places = (made / "out" / "store.soma", made / "out" / "selection")
+    report = compare(read_corpus(path), *places, built=list(NAMES), n_val={"screen": 8})
+    assert report["datasets"][0]["samples"] == {"expected": 72, "found": 72, "difference": 0}
+    assert report["datasets"][0]["verdict"] == "as expected" and "are those to train on alone" in report_text(report)

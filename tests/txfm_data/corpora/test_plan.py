@@ -27,9 +27,8 @@ def test_a_plan_says_what_is_missing_and_what_is_there(tmp_path):
     text = plan_text(plan)
     assert "[missing] cells.csv" in text and "[there] a/screen.h5ad" in text and "https://x" in text
     assert "3 of 4 files there, 1 missing" in text
-    assert (
-        "not verified: ingest.control: not looked at" in text and "verified: identity, ingest.batch: the test" in text
-    )
+    assert "  not shown: ingest.control: not looked at" in text and "  shown: ingest.batch: the test" in text
+    assert "  used by the paper: shown: the test" in text, "which is something else than what is shown of the source"
     assert "1,000 samples, 60 genes in all" in text and "2. cap datasets=['cells'], max_samples=60" in text
 
 
@@ -57,7 +56,7 @@ def test_sizes_are_compared_always_and_checksums_when_asked(name, tmp_path):
 def test_a_folder_where_a_file_should_be(tmp_path):
     tree = small_tree()
     tree["datasets"][0]["source"]["files"][0]["bytes"] = 7
-    (tmp_path / "a" / "screen.h5ad").mkdir(parents=True)
+    (tmp_path / "a" / "screen.h5ad" / "more").mkdir(parents=True)
     (state,) = file_states(parse_corpus(tree, "small").datasets[0], tmp_path)
     assert state.state == "other" and state.problem == "is a folder, expected a file"
 
@@ -69,6 +68,30 @@ def test_every_corpus_of_the_project_can_be_planned(name):
     assert name in text and plan["store_bytes_estimated"] > 0
     for dataset in plan["datasets"]:
         assert f"{dataset['name']} (" in text
-        assert ("[not verified]" in text.split(f"{dataset['name']} (")[1].split("\n")[0]) == (
-            "identity" in dataset["not_verified"]
-        )
+        head = text.split(f"{dataset['name']} (")[1].split("\n")[0]
+        assert ("[not shown that the paper used this]" in head) == ("identity" in dataset["not_shown"])
+
+
+def test_an_empty_folder_is_missing(tmp_path):
+    tree = small_tree()
+    tree["datasets"][0]["ingest"] |= {"kind": "10x", "path": "a/mtx"}
+    tree["datasets"][0]["source"]["files"][0]["path"] = "a/mtx"
+    (tmp_path / "a" / "mtx").mkdir(parents=True)
+    dataset = parse_corpus(tree, "small").datasets[0]
+    assert [state.state for state in file_states(dataset, tmp_path)] == ["missing"]
+    (tmp_path / "a" / "mtx" / "matrix.mtx").write_text("x")
+    assert [state.state for state in file_states(dataset, tmp_path)] == ["there"]
+
+
+def test_shards_of_a_whole_screen_are_estimated_by_its_source():
+    full, reduced = (
+        {d["name"]: d["shard_bytes_estimated"] for d in plan_corpus(read_corpus(name))["datasets"]}["k562_gwps"]
+        for name in ("diverse_rna_k562_full", "diverse_rna_1.4m")
+    )
+    assert full / reduced == pytest.approx(1_989_578 / 502_080)
+
+
+def test_files_of_a_part_alone_are_looked_for_where_a_curation_names_datasets():
+    tree = small_tree()
+    tree["curation"] = {"datasets": ["tissues"], "rules": [{"rule": "hold_out", "share": 0.2}]}
+    assert [d["name"] for d in plan_corpus(parse_corpus(tree, "small").taken())["datasets"]] == ["tissues"]

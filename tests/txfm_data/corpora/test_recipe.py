@@ -104,8 +104,21 @@ def test_a_part_of_a_part_is_the_part_of_both(first, second):
 
 def test_rules_keep_the_datasets_that_are_left():
     rules = parse_recipe({"rules": [{"rule": "hold_out", "share": 0.1, "datasets": ["a", "b"]}]}, "r")
-    assert restricted(rules, ["b", "c"]).rules[0].datasets == ("b",)
-    assert restricted(rules, ["c"]).rules == ()
+    assert restricted(rules, ["a"]).rules[0].datasets == ("b",)
+    assert restricted(rules, ["a", "b"]).rules == () and restricted(rules, ["c"]) == rules
+
+
+def test_datasets_that_a_curation_takes_are_those_of_the_corpus():
+    tree = {"datasets": ["cells", "tissues"], "rules": [{"rule": "hold_out", "share": 0.1}]}
+    corpus = parse_corpus(small_tree(), "small").with_curation(parse_recipe(tree, "r"))
+    assert [d.name for d in corpus.taken().datasets] == ["cells", "tissues"]
+    assert [d.name for d in corpus.only(["cells", "screen"]).taken().datasets] == ["cells"]
+    with pytest.raises(
+        ValueError, match="takes the datasets cells, tissues alone, and none of them is among those asked for"
+    ):
+        corpus.only(["screen"])
+    with pytest.raises(ValueError, match="no dataset 'cels'; did you mean cells"):
+        corpus.with_curation(parse_recipe(tree | {"datasets": ["cels"]}, "r"))
 
 
 CHANGES = {
@@ -120,19 +133,66 @@ CHANGES = {
     "did you mean ingest.batch": lambda t: t["datasets"][0]["evidence"][0].update(fields=["ingest.bacth"]),
     "gene_ids: expected ensembl": lambda t: t["datasets"][0].update(gene_ids="entrez"),
     "ingest names the dataset": lambda t: t["datasets"][0]["ingest"].update(dataset="x"),
-    "expected: .*|samples: expected int": lambda t: t["expected"].update(samples="many"),
+    "expected.samples: expected int": lambda t: t["expected"].update(samples="many"),
     "ingest.batch is the date 2025-01-30; put text in quotes": lambda t: t["datasets"][0]["ingest"].update(
         batch=date(2025, 1, 30)
     ),
     "datasets must be a list": lambda t: t.update(datasets=[]),
+    "notes must be a list of texts.*got 'one'": lambda t: t.update(notes="one"),
+    "notes must be a list of texts.*got None": lambda t: t.update(notes=None),
+    "name must be text, got 5": lambda t: t.update(name=5),
+    "title must be text, got None": lambda t: t.update(title=None),
+    "epochs must be a whole number, got 'many'": lambda t: t.update(epochs="many"),
+    "epochs must be at least 1, got 0": lambda t: t.update(epochs=0),
+    "shard must hold keys and values, got None": lambda t: t.update(shard=None),
+    "curation: expected a recipe with the key rules, got NoneType": lambda t: t.update(curation=None),
+    "dataset 1: expected a mapping with name, title and ingest, got None": lambda t: t.update(datasets=[None]),
+    "dataset 1: ingest must hold keys and values": lambda t: t["datasets"][0].update(ingest=["h5ad"]),
+    "dataset 1.evidence: expected a list of .*got None": lambda t: t["datasets"][0].update(evidence=None),
+    "dataset 1: path of a source file: '../x' must lie below": lambda t: t["datasets"][0]["source"]["files"][0].update(
+        path="../x"
+    ),
+    "dataset 1: ingest: kind h5ad has no option 'bacth'; did you mean batch": lambda t: t["datasets"][0][
+        "ingest"
+    ].update(bacth="x"),
+    "dataset 2: ingest.values: expected counts|normalized, got 'raw'": lambda t: t["datasets"][1]["ingest"].update(
+        values="raw"
+    ),
+    "dataset 2: ingest: kind table needs orientation, genes-by-samples or": lambda t: t["datasets"][1]["ingest"].pop(
+        "orientation"
+    ),
+    "dataset 2: ingest.orientation: expected genes-by-samples|samples-by-genes, got 'x'": lambda t: t["datasets"][1][
+        "ingest"
+    ].update(orientation="x"),
+    "dataset 2: ingest: --min-matched is a fraction": lambda t: t["datasets"][1]["ingest"].update(min_matched=2.0),
+    "dataset 3: ingest: --perturbation and --control go together": lambda t: t["datasets"][2]["ingest"].update(
+        control="x"
+    ),
+    "dataset 3: ingest.batch: expected str | None, got 5": lambda t: t["datasets"][2]["ingest"].update(batch=5),
+    "dataset 3: ingest: kind gct has no option 'workers'": lambda t: t["datasets"][2]["ingest"].update(workers=4),
+    "two datasets are of kind census": lambda t: [t["datasets"][at].update(ingest={"kind": "census"}) for at in (0, 1)],
     "dataset 2: unknown key 'ingests'; did you mean ingest": lambda t: t["datasets"][1].update(ingests={}),
 }
 
 
 @pytest.mark.parametrize("problem", CHANGES)
 def test_a_corpus_that_is_wrong_is_refused(problem, tmp_path):
-    with pytest.raises((ValueError, TypeError), match=problem):
-        read_corpus(write_corpus(tmp_path, CHANGES[problem]))
+    path = write_corpus(tmp_path, CHANGES[problem])
+    # alternatives and options of a type are text, not patterns; .* alone stands for something
+    pattern = ".*".join(re.escape(part) for part in problem.split(".*"))
+    with pytest.raises((ValueError, TypeError), match=pattern) as error:
+        read_corpus(path)
+    assert str(error.value).startswith(str(path)), "which file it is"
+
+
+def test_keys_that_stand_twice_are_refused_and_small_numbers_are_numbers(tmp_path):
+    path = write_corpus(tmp_path)
+    text = path.read_text()
+    path.write_text(text + "epochs: 4\n")
+    with pytest.raises(ValueError, match="small.yaml: not YAML .*the key 'epochs' stands twice"):
+        read_corpus(path)
+    path.write_text(text.replace("share: 0.2", "share: 2e-1"))
+    assert read_corpus(path).curation.rules[0].share == 0.2
 
 
 def test_unknown_names_and_files_that_are_no_corpus(tmp_path):
@@ -151,6 +211,20 @@ BASE_CHANGES = {
     "replace_rules names 'caps', which occurs 0 times": {"replace_rules": {"caps": []}},
     "expected_datasets names 'cells'": {"drop_datasets": ["cells"], "expected_datasets": {"cells": {"samples": 3}}},
     "unknown key 'datasets'": {"datasets": []},
+    "keep_datasets must be a list of texts, such as [first, second]; got 'cells'": {"keep_datasets": "cells"},
+    "drop_datasets must be a list of texts, such as [first, second]; got None": {"drop_datasets": None},
+    "replace_rules.cap must be a list of rules, such as [] to remove it, got None": {"replace_rules": {"cap": None}},
+    "replace_rules.cap must be a list of rules, such as [] to remove it, got {'rule'": {
+        "replace_rules": {"cap": {"rule": "cap"}}
+    },
+    "replace_rules must hold keys and values, got ['cap']": {"replace_rules": ["cap"]},
+    "expected_datasets must hold keys and values, got [{'cells'": {"expected_datasets": [{"cells": {"samples": 3}}]},
+    "expected_datasets: cells must hold keys and values, got None": {"expected_datasets": {"cells": None}},
+    "shard must hold keys and values, got None": {"shard": None},
+    "expected must hold keys and values, got None": {"expected": None},
+    "name must be text, got 3": {"name": 3},
+    "base must be text, got 3": {"base": 3},
+    "leaves no dataset of its base": {"keep_datasets": []},
 }
 
 
@@ -161,8 +235,20 @@ def test_a_variant_that_does_not_fit_its_base_is_refused(problem, tmp_path):
     write_corpus(tmp_path)
     path = tmp_path / "variant.yaml"
     path.write_text(yaml.safe_dump({"name": "variant", "title": "t", "base": "small"} | BASE_CHANGES[problem]))
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises((ValueError, TypeError), match=re.escape(problem)) as error:
         read_corpus(path)
+    assert str(error.value).startswith(str(path)), "which file it is"
+
+
+def test_without_a_checkout_it_is_said_where_corpora_were_looked_for(tmp_path, monkeypatch):
+    from txfm_data.corpora import recipe
+
+    monkeypatch.setattr(recipe, "FOLDER", tmp_path / "configs")
+    assert corpus_names() == []
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / 'configs'}, which holds none")) as error:
+        read_corpus(DIVERSE)
+    assert "give the path of a YAML file" in str(error.value)
+    assert read_corpus(write_corpus(tmp_path)).name == "small"
 
 
 def test_a_variant_of_a_file_beside_it(tmp_path):

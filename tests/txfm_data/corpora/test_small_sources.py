@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from txfm_data import ingest
-from txfm_data.corpora.recipe import CENSUS, CorpusDataset, Source, read_corpus
+from txfm_data.corpora.entries import CENSUS
+from txfm_data.corpora.recipe import CorpusDataset, Source, read_corpus
 from txfm_data.ingest.kinds import SOURCE_KINDS
 from txfm_data.simulate.formats import draw_small, write_small_sources
 from txfm_data.store.opening import open_store

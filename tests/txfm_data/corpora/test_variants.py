@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from txfm_data.corpora.build import BuildOptions, Steps, ingest_corpus, select_corpus
+from txfm_data.corpora.build import BuildOptions, ingest_corpus, select_corpus
 from txfm_data.corpora.recipe import Corpus, read_corpus
+from txfm_data.corpora.steps import Steps
 from txfm_data.curate.recipe import CellsByGenes, EmbeddingSpec, GenesByCells, Phenoprints
 from txfm_data.curate.run import CurateOptions
 from txfm_data.progress import ignore
@@ -45,8 +46,8 @@ def test_perturbations_that_a_variant_keeps(name: str, tmp_path: Path) -> None:
     write_small_sources(corpus, tmp_path / "sources", samples=240, genes=200)
     options = BuildOptions(sources=tmp_path / "sources", out=tmp_path / "out")
     steps = Steps(options.out, corpus.name)
-    ingest_corpus(corpus, options, steps, progress=lambda label: ignore, say=lambda text: None)
-    assert select_corpus(corpus, options, steps, CurateOptions())
+    names = ingest_corpus(corpus, options, steps, other={}, progress=lambda label: ignore, say=lambda text: None)
+    assert select_corpus(corpus, names, options, steps, CurateOptions())
     store = open_store(options.out / "store.soma")
     chosen = read_selection(options.out / "selection", store)
     labels = store.obs(["perturbation"])["perturbation"].to_pylist()
