@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from txfm_data.obs_filter import Both, Compare, Filter, Member, check, equals, expand_multivalued, is_in, nearest, parse
+from txfm_data.store import layout
 
 OPERATORS = {
     "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
@@ -46,7 +47,7 @@ def frame(tmp_path_factory):
     ).close()  # fmt: skip
     with tiledbsoma.open(uri, "w") as writer:
         writer.write(TABLE)
-    with tiledbsoma.open(uri) as reader:
+    with tiledbsoma.open(uri, context=layout.context()) as reader:  # as stores are read
         yield reader
 
 

@@ -15,13 +15,14 @@ from txfm_data import address
 from txfm_data.address import redact
 from txfm_data.obs_filter import nearest
 from txfm_data.retry import with_retries
+from txfm_data.store.layout import STEADY
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 BUFFER_BYTES = 32 * 1024**2
 """TileDB's buffer per column; with the Census's own default of 1 GiB a scan holds 3 GB."""
-_BUFFERS = {"soma.init_buffer_bytes": BUFFER_BYTES, "py.init_buffer_bytes": BUFFER_BYTES}
+_SETTINGS = {**STEADY, "soma.init_buffer_bytes": BUFFER_BYTES, "py.init_buffer_bytes": BUFFER_BYTES}
 RESOLVE_S = 15.0
 """Seconds to wait for the Census's list of releases."""
 LIBRARY_SIZE = "raw_sum"
@@ -154,7 +155,7 @@ def open_census(
         if version is None:
             raise ValueError("the Census: name a release with --version (such as stable), or a copy of it with --uri")
         build = _build_date(version)
-        config = {**_BUFFERS, **_environment(given, is_public=True), **given}
+        config = {**_SETTINGS, **_environment(given, is_public=True), **given}
         census = _open(f"the Census {build}", lambda: _within(
             RESOLVE_S, lambda: cellxgene_census.open_soma(census_version=build, tiledb_config=config)
         ))  # fmt: skip
@@ -170,7 +171,7 @@ def open_at(uri: str, given: Mapping[str, Any], *, is_public: bool) -> CensusRel
     if "://" not in uri:
         uri = str(Path(uri).expanduser().absolute())
     is_local = "://" not in uri or uri.startswith("file://")
-    config = {**_BUFFERS, **({} if is_local else _environment(given, is_public=is_public)), **given}
+    config = {**_SETTINGS, **({} if is_local else _environment(given, is_public=is_public)), **given}
     census = _open(uri, lambda: cellxgene_census.open_soma(uri=uri, tiledb_config=config), is_local=is_local)
     return replace(_release(census, uri, given), is_public=is_public)
 

@@ -100,6 +100,11 @@ _ROW_TILE = 64
 """Rows of X in one space tile: runs of rows read twice as fast as with the 2,048 of the Census."""
 
 
+STEADY: dict[str, str | float] = {"sm.query.sparse_global_order.preprocess_tile_merge": 0}
+"""TileDB 2.30 merges tiles in threads before it reads, and such a thread has ended the process more than once (in the
+destructor of its MergeUnit, by the core that a test left; and in a test that read without this). Reads are as fast so."""
+
+
 def context(*, keeps_memory: bool = False) -> soma.SOMATileDBContext:
     """TileDB settings of every access: 64 MiB buffers, for reading in bounded memory, in place of 1 GiB.
 
@@ -115,9 +120,7 @@ def context(*, keeps_memory: bool = False) -> soma.SOMATileDBContext:
 def _context(settings: tuple[tuple[str, str | int], ...], keeps_memory: bool) -> soma.SOMATileDBContext:
     ours: dict[str, str | float] = {
         "soma.init_buffer_bytes": 64 * 1024**2,
-        # TileDB 2.30 merges tiles in threads before it reads, and such a thread once ended the process (in the destructor
-        # of its MergeUnit, by the core that a test left). Reads are as fast without.
-        "sm.query.sparse_global_order.preprocess_tile_merge": 0,
+        **STEADY,
     }
     if keeps_memory:
         ours |= {"soma.init_buffer_bytes": 16 * 1024**2, "sm.mem.malloc_trim": "false"}
