@@ -42,9 +42,10 @@ quickstart: $(STAMP)
 	$(BIN)/txfm quickstart $(if $(strip $(DATA)),--data $(DATA)) \
 	  $(if $(strip $(ANNOTATIONS)),--annotations $(ANNOTATIONS)) $(ARGS)
 
-# Two workers, each taking whole files: fixtures of a module are made once. Slow tests measure, so they run alone.
+# Two workers, each taking whole files: fixtures of a module are made once. A worker that dies ends the run, which would hang
+# otherwise. Slow tests measure, so they run alone.
 test: $(STAMP)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m "slow and not gpu and not network" $(ARGS)

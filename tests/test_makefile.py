@@ -10,7 +10,7 @@ import pytest
 from tools import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-RAN = "ran pytest --numprocesses 2 --dist loadfile"
+RAN = "ran pytest --numprocesses 2 --dist loadfile --max-worker-restart 0"
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 PYTHON = """#!/bin/sh
